@@ -1,0 +1,264 @@
+"""`CPPOConfig`: the fields of the rule, what they refuse, and the schedule in words."""
+
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+TRUST_REGIONS = ("cppo", "dppo")
+PAPER_THRESHOLDS = {"binary_tv": (0.15, 0.02), "binary_kl": (0.1, 0.002)}
+"""(δ, δ_b) of the paper by estimator: Table 3 (dense models, Base) for TV, section 4.3 for KL."""
+
+_SAMPLING_KEYS = frozenset(
+    ["temperature", "do_sample", "num_beams", "n", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "bad_words", "bad_words_ids", "sequence_bias", "logit_bias", "allowed_token_ids", "structured_outputs"]
+)
+"""Keys of ``generation_kwargs`` that change what is sampled, or which log-probs the engine returns."""
+
+
+@dataclass
+class CPPOConfig(GRPOConfig):
+    r"""Configuration of `CPPOTrainer`: `trl.GRPOConfig` plus the trust region.
+
+    Defaults that differ from `GRPOConfig`, each with its reason:
+
+    * ``steps_per_generation``: two updates per rollout where neither it nor ``generation_batch_size`` is set (one
+      pass over twice the update batch): the paper's smallest schedule. TRL's default of one update never leaves the
+      rollout policy, so no trust region could act.
+    * ``loss_type="dr_grpo"``: sum over tokens divided by a constant, the authors' seq-mean-token-sum-norm.
+    * ``scale_rewards="none"``: rewards minus the group mean, not divided by its standard deviation, as in both
+      released codes.
+    * ``beta=0.0``: no KL term to a reference model (paper, appendix D; also TRL's default).
+    * ``disable_dropout=True``: dropout alone moves π away from μ.
+    * ``vllm_importance_sampling_correction=False``: the ratio already is π/μ; TRL's factor would correct twice.
+
+    Args:
+        trust_region: ``"cppo"`` or ``"dppo"`` (one threshold for all positions, no budget).
+        cppo_divergence: ``"binary_tv"`` or ``"binary_kl"``, the estimator of D_t.
+        cppo_delta: threshold δ > 0; None for the paper's value (0.15 TV, 0.1 KL); inf switches the rule off.
+        cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
+            switches the budget off.
+        cppo_w_min: weight of the last token in (0, 1]; 1 switches the position weight off.
+        cppo_delta_b_quantile: quantile q of Eq. (22) in [0, 1]; None for a fixed budget (the paper's choice, with
+            0.015, for the post-trained Qwen3-1.7B).
+        cppo_delta_b_max_multiple: ceiling of Eq. (22) in multiples of the floor, >= 1.
+        cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
+
+    Raises:
+        ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
+    """
+
+    trust_region: str = field(
+        default="cppo", metadata={"help": "Trust region: 'cppo' or 'dppo'.", "choices": list(TRUST_REGIONS)}
+    )
+    cppo_divergence: str = field(
+        default="binary_tv",
+        metadata={"help": "Estimator of D_t: 'binary_tv' or 'binary_kl'.", "choices": list(PAPER_THRESHOLDS)},
+    )
+    cppo_delta: float | None = field(
+        default=None, metadata={"help": "Threshold; null: 0.15 for TV, 0.1 for KL; .inf: off."}
+    )
+    cppo_delta_b: float | None = field(
+        default=None, metadata={"help": "Prefix budget (floor); null: 0.02 for TV, 0.002 for KL; .inf: off."}
+    )
+    cppo_w_min: float = field(default=0.8, metadata={"help": "Position weight of the last token; 1.0: off."})
+    cppo_delta_b_quantile: float | None = field(
+        default=0.9,
+        metadata={"help": "Quantile of D_t that sets each response's budget; null: fixed budget."},
+    )
+    cppo_delta_b_max_multiple: float = field(
+        default=2.0, metadata={"help": "Ceiling of the budget, in multiples of cppo_delta_b."}
+    )
+    cppo_ratio_cap: float | None = field(
+        default=None,
+        metadata={"help": "Cap on the ratio, by a detached weight min(1, cap/ratio); null: no cap."},
+    )
+
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
+    )
+    loss_type: str = field(
+        default="dr_grpo", metadata={"help": "Loss normalisation: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Division of rewards by a standard deviation: 'none', 'group' or 'batch'."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off: it moves the policy by itself."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "Must stay false: the ratio is taken against the rollout policy already."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
+        self._check_rule()
+        super().__post_init__()  # also parses JSON strings into dicts
+        self._check_host_options()
+        self._warn_doubtful()
+
+    @property
+    def uses_budget(self) -> bool:
+        """Whether the rule has a prefix budget that can bind."""
+        return self.trust_region == "cppo" and self.cppo_delta_b != math.inf
+
+    @property
+    def updates_per_rollout(self) -> float:
+        """Optimizer steps between two rollouts."""
+        return self._steps_per_rollout / self.gradient_accumulation_steps
+
+    @property
+    def always_on_policy(self) -> bool:
+        """Whether every update uses the weights that sampled its rollout."""
+        return self.gradient_accumulation_steps % self._steps_per_rollout == 0
+
+    @property
+    def _steps_per_rollout(self) -> int:
+        assert self.steps_per_generation is not None  # set by __post_init__
+        return self.steps_per_generation * self.num_iterations
+
+    def schedule(self) -> dict[str, str]:
+        """What will happen, in words, row by row: the table printed when training starts."""
+        assert self.cppo_delta_b is not None  # set by __post_init__
+        responses = self.generation_batch_size
+        if self.always_on_policy:
+            off_policy = "never"
+        elif self.updates_per_rollout.is_integer():
+            off_policy = f"update 2 of {self.updates_per_rollout:g}"
+        else:
+            off_policy = "the first update that spans two rollouts"
+        rule = f"{self.trust_region}, {self.cppo_divergence}, delta {self.cppo_delta:g}"
+        if self.trust_region == "cppo":
+            rule += f", w_min {self.cppo_w_min:g}, delta_b {self.cppo_delta_b:g}"
+            if self.uses_budget and self.cppo_delta_b_quantile is not None:
+                ceiling = self.cppo_delta_b * self.cppo_delta_b_max_multiple
+                rule += f" to {ceiling:g} (quantile {self.cppo_delta_b_quantile:g} of each response)"
+        if self.cppo_ratio_cap is not None:
+            rule += f", ratio capped at {self.cppo_ratio_cap:g}"
+        return {
+            "rollout": f"{responses // self.num_generations} prompts x {self.num_generations} responses = {responses}",
+            "updates per rollout": f"{self.updates_per_rollout:g}"
+            + (f" ({self.num_iterations} passes)" if self.num_iterations > 1 else ""),
+            "off-policy from": off_policy,
+            "trust region": rule,
+            "loss": f"{self.loss_type}, advantages scaled by: {self.scale_rewards}, beta {self.beta:g}",
+        }
+
+    def _check_rule(self) -> None:
+        _require(self.trust_region in TRUST_REGIONS, "trust_region", self.trust_region, f"one of {TRUST_REGIONS}")
+        estimators = tuple(PAPER_THRESHOLDS)
+        _require(
+            self.cppo_divergence in estimators,
+            "cppo_divergence",
+            self.cppo_divergence,
+            f"one of {estimators}",
+        )
+        delta, delta_b = PAPER_THRESHOLDS[self.cppo_divergence]
+        self.cppo_delta = delta if self.cppo_delta is None else self.cppo_delta
+        if self.trust_region == "dppo":
+            for name in ("cppo_delta_b", "cppo_w_min", "cppo_delta_b_quantile", "cppo_delta_b_max_multiple"):
+                default = type(self).__dataclass_fields__[name].default
+                value = getattr(self, name)
+                _require(
+                    value == default,
+                    name,
+                    value,
+                    f"left at {default!r}: trust_region='dppo' has no such part",
+                )
+        self.cppo_delta_b = delta_b if self.cppo_delta_b is None else self.cppo_delta_b
+        _require(self.cppo_delta > 0, "cppo_delta", self.cppo_delta, "> 0 (.inf switches the rule off)")
+        _require(self.cppo_delta_b > 0, "cppo_delta_b", self.cppo_delta_b, "> 0 (.inf switches the budget off)")
+        _require(0 < self.cppo_w_min <= 1, "cppo_w_min", self.cppo_w_min, "in (0, 1] (1.0 switches it off)")
+        quantile = self.cppo_delta_b_quantile
+        _require(
+            quantile is None or 0 <= quantile <= 1,
+            "cppo_delta_b_quantile",
+            quantile,
+            "in [0, 1], or null for a fixed budget",
+        )
+        multiple = self.cppo_delta_b_max_multiple
+        _require(1 <= multiple < math.inf, "cppo_delta_b_max_multiple", multiple, "finite and >= 1")
+        cap = self.cppo_ratio_cap
+        _require(cap is None or cap >= 1, "cppo_ratio_cap", cap, ">= 1, or null for no cap")
+
+    def _check_host_options(self) -> None:
+        """Refuse the options of TRL's that contradict the rule."""
+        losses = ("dr_grpo", "dapo", "grpo", "bnpo")
+        _require(
+            self.loss_type in losses,
+            "loss_type",
+            self.loss_type,
+            f"one of {losses}; others bring their own clip",
+        )
+        untouched = "the trust region replaces it, so leave it at {} (its default) and set cppo_delta instead"
+        unbiased = "the log-probs would not be those of the policy that sampled, so leave it at {}"
+        for name, neutral, reason in (
+            ("epsilon", 0.2, untouched),
+            ("epsilon_high", None, untouched),
+            ("delta", None, "a ratio cap of TRL's own; leave it at {} and set cppo_ratio_cap instead"),
+            ("off_policy_mask_threshold", None, untouched),
+            ("importance_sampling_level", "token", "the rule is per token; leave it at {}"),
+            (
+                "vllm_importance_sampling_correction",
+                False,
+                "the ratio is already taken against the engine; use {}",
+            ),
+            ("vllm_importance_sampling_cap", None, "no second correction of the ratio; leave it at {}"),
+            ("top_entropy_quantile", 1.0, "a second token mask would hide the rule's; leave it at {}"),
+            ("top_p", 1.0, unbiased),
+            ("top_k", 0, unbiased),
+            ("min_p", None, unbiased),
+            ("repetition_penalty", 1.0, unbiased),
+            ("vllm_structured_outputs_regex", None, unbiased),
+        ):
+            value = getattr(self, name)
+            if value != neutral and not (name == "min_p" and value == 0):
+                raise ValueError(
+                    f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
+                )
+        _require(self.temperature > 0, "temperature", self.temperature, "> 0: greedy rollouts have no log-probs")
+        kwargs: Any = self.generation_kwargs
+        clash = sorted(_SAMPLING_KEYS & set(kwargs)) if isinstance(kwargs, dict) else []
+        if clash:
+            raise ValueError(
+                f"generation_kwargs sets {clash}: the rollout log-probs would no longer be those of the sampling "
+                "policy. Remove them (the temperature has its own field)."
+            )
+        if self.use_transformers_continuous_batching and (self.bf16 is not False or self.fp16):
+            raise ValueError(
+                "use_transformers_continuous_batching casts the trained fp32 weights to bf16 for good. Set it to "
+                "false, or set bf16 and fp16 to false."
+            )
+
+    def _warn_doubtful(self) -> None:
+        """Warn once about settings that are legal but rarely meant."""
+        doubts = []
+        if self.always_on_policy and not self.use_vllm:
+            doubts.append(
+                "every update is on-policy (the mask keeps all tokens): raise steps_per_generation above "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, or num_iterations above 1"
+            )
+        if self.beta != 0.0:
+            doubts.append("beta != 0: the KL term to the reference also acts on masked tokens")
+        if not self.disable_dropout:
+            doubts.append("disable_dropout=False: dropout noise counts as divergence from the rollout policy")
+        if self.bf16 and not self.cast_lm_head_to_fp32:
+            doubts.append(
+                "bf16 log-probs carry noise of the order of delta_b: cast_lm_head_to_fp32=True removes the head's part"
+            )
+        ignored = [f for f in type(self).__dataclass_fields__ if f.startswith(("sapo_", "vespo_"))]
+        ignored += ["vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"]
+        changed = [f for f in ignored if getattr(self, f) != type(self).__dataclass_fields__[f].default]
+        if changed:
+            doubts.append(f"{', '.join(changed)}: without effect under a trust region")
+        for doubt in doubts:
+            warnings.warn(doubt, UserWarning, stacklevel=4)
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {expected}; got {value!r}.")

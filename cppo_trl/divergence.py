@@ -1,0 +1,60 @@
+"""Per-token divergences between the rollout policy μ and the current policy π, and the anchor they start from.
+
+Every function maps log-probs of shape ``(B, T)`` (any float dtype, in nats) to ``(B, T)`` fp32, without a
+gradient. Equation numbers are those of DPPO (arXiv 2602.04879), whose estimators CPPO (arXiv 2606.10968) uses.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 80.0
+"""Largest log-ratio log(π/μ) that reaches the loss: e^80 is finite in fp32, e^89 is not."""
+
+_MIN_REST = 1e-12  # floor of 1 - p: a log-prob that fp32 rounds to 0 still leaves some probability to the others
+_MIN_LOGP = -87.0  # floor of log p: e^-87 is about the smallest normal fp32 number
+
+
+@torch.no_grad()
+def anchor_logps(logps: Tensor, rollout_logps: Tensor | None) -> Tensor:
+    """Rollout log-probs that are safe to divide by: the anchor log μ of ratio and divergence.
+
+    Where the engine gave none (NaN, or None for the whole batch) the current policy stands in, so the ratio is 1
+    and the divergence 0. Elsewhere log μ is raised where needed to keep log(π/μ) <= ``MAX_LOG_RATIO``, so that a
+    weight of 0 times the ratio is 0 and never NaN.
+
+    Args:
+        logps: ``(B, T)`` log π(y_t|s_t).
+        rollout_logps: ``(B, T)`` log μ(y_t|s_t) with NaN where unknown, or None.
+    """
+    current = logps.float()
+    if rollout_logps is None:
+        return current.clone()
+    rollout = rollout_logps.float()
+    return torch.where(rollout.isnan(), current, rollout).maximum(current - MAX_LOG_RATIO)
+
+
+@torch.no_grad()
+def binary_tv(logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    """Binary total variation, DPPO Eq. (13): D_t = |μ(y_t|s_t) - π(y_t|s_t)|, in [0, 1].
+
+    A lower bound of the exact total variation that needs the sampled token's log-probs only.
+    NaN rollout log-probs give 0.
+    """
+    rollout = rollout_logps.float()
+    return (rollout.exp() - logps.float().exp()).abs().masked_fill(rollout.isnan(), 0.0)
+
+
+@torch.no_grad()
+def binary_kl(logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    """Binary Kullback-Leibler divergence KL(μ‖π), DPPO Eq. (14), in nats, finite and >= 0.
+
+    D_t = μ log(μ/π) + (1-μ) log((1-μ)/(1-π)) at the sampled token y_t. 1-p is taken as -expm1(log p), exact where
+    p is near 1, and floored at 1e-12. NaN rollout log-probs give 0.
+    """
+    rollout, current = rollout_logps.float(), logps.float()
+    mu = rollout.exp()
+    mu_rest = (-torch.expm1(rollout)).clamp(min=_MIN_REST)
+    pi_rest = (-torch.expm1(current)).clamp(min=_MIN_REST)
+    kl = mu * (rollout.clamp(min=_MIN_LOGP) - current.clamp(min=_MIN_LOGP))
+    kl += mu_rest * (mu_rest / pi_rest).log()
+    return kl.clamp(min=0.0).masked_fill(rollout.isnan(), 0.0)

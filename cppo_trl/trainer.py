@@ -1,0 +1,189 @@
+"""`CPPOTrainer`: the narrow seam between the trust region and TRL's `GRPOTrainer`.
+
+TRL computes -ρ_t Â_t per token, multiplies it by the result of `get_off_policy_mask` and aggregates. With its clip
+range set to infinity, that hook is all a trust region needs. Three methods are wrapped, none is copied:
+
+1. `_generate_and_score_completions`: the engine's log-probs, where there are any, become the anchor log μ.
+2. `_get_per_token_logps_and_entropies`: inside the loss, once log π is known, the anchor is made safe to divide by.
+3. `get_off_policy_mask`: the rule; its weight and its metrics.
+"""
+
+import inspect
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer
+
+from cppo_trl.config import CPPOConfig
+from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv
+from cppo_trl.metrics import add_records, loss_record, summarize
+from cppo_trl.model_card import append_sections
+from cppo_trl.trust_region import cppo_mask, dppo_mask, position_weights, prefix_budget, ratio_cap_weight
+
+ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl}
+
+_HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their parameters
+    "_compute_loss": ["self", "model", "inputs"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "get_off_policy_mask": [
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ],
+}
+
+
+class CPPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` whose loss is masked by the CPPO trust region (arXiv 2606.10968).
+
+    The arguments are those of `trl.GRPOTrainer`, with a `CPPOConfig` as ``args``. The ratio and the divergence are
+    taken against the rollout policy: the engine's log-probs where there are any (vLLM, ``rollout_func``), else
+    those that the same model recomputes right after generation.
+
+    Raises:
+        TypeError: if ``args`` is not a `CPPOConfig`.
+        RuntimeError: if the installed TRL differs from the one that the seam was made for, or if a loss bypassed it.
+        ValueError: if a vLLM server does not return the log-probs of the sampling distribution.
+    """
+
+    _tag_names = ["trl", "cppo"]  # noqa: RUF012
+    _name = "CPPO"
+    _paper = {  # noqa: RUF012
+        "title": "Beyond Uniform Token-Level Trust Region in LLM Reinforcement Learning",
+        "id": "2606.10968",
+        "citation": textwrap.dedent("""\
+            @article{mao2026beyond,
+                title        = {{Beyond Uniform Token-Level Trust Region in LLM Reinforcement Learning}},
+                author       = {Mao and Zhou and Tao and others},
+                year         = 2026,
+                eprint       = {arXiv:2606.10968},
+            }"""),
+    }
+
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: CPPOConfig | None = None, *rest: Any, **kwargs: Any
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else model.config._name_or_path
+            args = CPPOConfig(f"{name.split('/')[-1]}-CPPO")
+        if not isinstance(args, CPPOConfig):
+            raise TypeError(
+                f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
+            )
+        _check_hooks()
+        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
+        self.off_policy_mask_threshold = args.cppo_delta  # ... and its token mask the slot for ours
+        self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
+        self._rule_calls = 0
+        self.evaluation_table: str | None = None  # markdown for the model card
+        self._record: Any = None  # metrics of the micro-batches since the last update
+        if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
+            _check_server(self.vllm_generation.vllm_client.get_server_info())
+        if self.accelerator.is_main_process:
+            rows = args.schedule()
+            width = max(map(len, rows))
+            print(
+                "\n".join([f"{self._name} schedule", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if "sampling_per_token_logps" in output:
+            output["old_per_token_logps"] = output.pop("sampling_per_token_logps")
+        return output
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        self._loss_inputs, self._rule_calls = dict(inputs), 0  # a copy: the anchor is rewritten in it
+        try:
+            loss = super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+        if self._rule_calls != 1:
+            raise RuntimeError(
+                f"The trust region was applied {self._rule_calls} times in one loss, expected once: this TRL (or a "
+                "patch of it) computes the loss in another way. Install trl>=1.16,<1.17 unpatched."
+            )
+        for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
+            del self._metrics[mode][name]  # TRL's clip is off
+        if mode == "eval" or self.accelerator.sync_gradients:
+            for name, value in summarize(self._record, self.accelerator.gather).items():
+                self._metrics[mode][name].append(value)
+            self._record = None
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._loss_inputs is not None:
+            rollout_logps = self._loss_inputs.get("old_per_token_logps")
+            self._loss_inputs["old_per_token_logps"] = anchor_logps(result[0], rollout_logps)
+        return result
+
+    @torch.no_grad()
+    def get_off_policy_mask(  # a static method upstream
+        self,
+        advantages: Tensor,
+        per_token_logps: Tensor,
+        sampling_per_token_logps: Tensor,
+        mask: Tensor,
+        off_policy_threshold: float,
+    ) -> Tensor:
+        """The weight of each token's surrogate -ρ_t Â_t under the trust region; ``(B, T)`` fp32, no gradient."""
+        self._rule_calls += 1
+        config = self.args
+        divergence = ESTIMATORS[config.cppo_divergence](per_token_logps, sampling_per_token_logps)
+        log_ratio = per_token_logps.float() - sampling_per_token_logps
+        delta, w_min, delta_b = config.cppo_delta, 1.0, None
+        if config.trust_region == "cppo":
+            w_min = config.cppo_w_min
+            quantile = config.cppo_delta_b_quantile if config.uses_budget else None
+            delta_b = prefix_budget(divergence, mask, config.cppo_delta_b, quantile, config.cppo_delta_b_max_multiple)
+            keep = cppo_mask(divergence, advantages, log_ratio, mask, delta=delta, w_min=w_min, delta_b=delta_b)
+        else:
+            keep = dppo_mask(divergence, advantages, log_ratio, mask, delta=delta)
+        over_threshold = position_weights(mask, w_min) * divergence > delta
+        record = loss_record(
+            divergence,
+            advantages,
+            log_ratio,
+            mask,
+            keep,
+            over_threshold,
+            delta_b if config.uses_budget else None,
+        )
+        self._record = add_records(self._record, record)
+        weight = keep.float()
+        return weight if config.cppo_ratio_cap is None else weight * ratio_cap_weight(log_ratio, config.cppo_ratio_cap)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model card: TRL's, with the rule's numbers and `evaluation_table` where one is set."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            append_sections(Path(self.args.output_dir) / "README.md", self.args.schedule(), self.evaluation_table)
+
+
+def _check_hooks() -> None:
+    for name, expected in _HOOKS.items():
+        method = getattr(GRPOTrainer, name, None)
+        found = list(inspect.signature(method).parameters) if method else None
+        if found != expected:
+            raise RuntimeError(
+                f"GRPOTrainer.{name} of the installed TRL takes {found}, expected {expected}: its loss has changed "
+                "under cppo_trl. Install trl>=1.16,<1.17."
+            )
+
+
+def _check_server(info: dict[str, Any]) -> None:
+    mode = info["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise ValueError(
+            f"The vLLM server runs with --logprobs-mode {mode}: its log-probs are not those of the distribution "
+            "that it samples from. Restart it with --logprobs-mode processed_logprobs."
+        )
