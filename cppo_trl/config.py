@@ -12,7 +12,11 @@ PAPER_THRESHOLDS = {"binary_tv": (0.15, 0.02), "binary_kl": (0.1, 0.002)}
 """(δ, δ_b) of the paper by estimator: Table 3 (dense models, Base) for TV, section 4.3 for KL."""
 
 _SAMPLING_KEYS = frozenset(
-    ["temperature", "do_sample", "num_beams", "n", "top_p", "top_k", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "logprobs", "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size", "bad_words", "bad_words_ids", "sequence_bias", "logit_bias", "allowed_token_ids", "structured_outputs"]
+    (
+        "temperature do_sample num_beams n top_p top_k top_h min_p typical_p epsilon_cutoff eta_cutoff logprobs "
+        "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size bad_words bad_words_ids "
+        "sequence_bias logit_bias allowed_token_ids structured_outputs"
+    ).split()
 )
 """Keys of ``generation_kwargs`` that change what is sampled, or which log-probs the engine returns."""
 

@@ -48,13 +48,17 @@ def binary_tv(logps: Tensor, rollout_logps: Tensor) -> Tensor:
 def binary_kl(logps: Tensor, rollout_logps: Tensor) -> Tensor:
     """Binary Kullback-Leibler divergence KL(μ‖π), DPPO Eq. (14), in nats, finite and >= 0.
 
-    D_t = μ log(μ/π) + (1-μ) log((1-μ)/(1-π)) at the sampled token y_t. 1-p is taken as -expm1(log p), exact where
-    p is near 1, and floored at 1e-12. NaN rollout log-probs give 0.
+    D_t = μ log(μ/π) + (1-μ) log((1-μ)/(1-π)) at the sampled token y_t. 1-p is exact where p is near 0 or 1, and
+    floored at 1e-12. NaN rollout log-probs give 0.
     """
     rollout, current = rollout_logps.float(), logps.float()
-    mu = rollout.exp()
-    mu_rest = (-torch.expm1(rollout)).clamp(min=_MIN_REST)
-    pi_rest = (-torch.expm1(current)).clamp(min=_MIN_REST)
-    kl = mu * (rollout.clamp(min=_MIN_LOGP) - current.clamp(min=_MIN_LOGP))
-    kl += mu_rest * (mu_rest / pi_rest).log()
+    kl = rollout.exp() * (rollout.clamp(min=_MIN_LOGP) - current.clamp(min=_MIN_LOGP))
+    kl -= torch.expm1(rollout) * (_log_rest(rollout) - _log_rest(current))
     return kl.clamp(min=0.0).masked_fill(rollout.isnan(), 0.0)
+
+
+def _log_rest(logp: Tensor) -> Tensor:
+    """log(1 - p) from log p, exact near p = 0 and p = 1, and at least log 1e-12."""
+    small = torch.log1p(-logp.exp())
+    large = (-torch.expm1(logp)).clamp(min=_MIN_REST).log()
+    return torch.where(logp < -0.7, small, large)

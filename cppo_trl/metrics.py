@@ -1,6 +1,6 @@
 """What the trust region did in a loss call, as one vector that adds up over micro-batches and processes."""
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
 
@@ -122,5 +122,5 @@ def summarize(record: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, f
 
 def _histogram_quantile(counts: list[float], quantile: float) -> float:
     """Quantile of D_t from the histogram of log2 D_t: the middle of its bin, 0 for the lowest bin."""
-    reached = bisect_left(list(accumulate(counts)), quantile * sum(counts))
+    reached = bisect_right(list(accumulate(counts)), quantile * (sum(counts) - 1))
     return 2.0 ** (_LOWEST_OCTAVE + (reached + 0.5) / _BINS_PER_OCTAVE) if reached else 0.0

@@ -1,0 +1,1 @@
+"""Datasets in TRL's form: ``prompt`` and ``solution`` columns."""

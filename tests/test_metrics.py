@@ -1,0 +1,65 @@
+import math
+
+import pytest
+import torch
+
+from cppo_trl.metrics import add_records, loss_record, summarize
+from cppo_trl.trust_region import cppo_mask, position_weights
+from tests.test_trust_region import random_rows
+
+
+def record_of(divergence, advantages, log_ratio, mask, delta=0.05, w_min=0.8, delta_b=0.01):
+    budget = torch.full((len(mask), 1), delta_b)
+    keep = cppo_mask(divergence, advantages, log_ratio, mask, delta=delta, w_min=w_min, delta_b=budget)
+    over = position_weights(mask, w_min) * divergence > delta
+    return loss_record(divergence, advantages, log_ratio, mask, keep, over, budget)
+
+
+def test_metrics_by_hand():
+    # wD = .2 (out: threshold), .02 (out: S = .22 > .1 + .01), .01 (toward), and a row without advantage
+    divergence = torch.tensor([[0.2, 0.02 / 0.9, 0.01 / 0.8, 9.0], [0.1, 0.1, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
+    advantages = torch.tensor([[1.0], [0.0], [-1.0]])
+    log_ratio = torch.tensor([[0.5, 0.5, -0.5, 9.0], [0.5, 0.5, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
+    metrics = summarize(record_of(divergence, advantages, log_ratio, mask, delta=0.1), lambda x: x)
+    up, down = math.exp(0.5), math.exp(-0.5)
+    expected = {
+        "cppo/masked": 2 / 3,
+        "cppo/masked_by_threshold": 1 / 3,
+        "cppo/masked_by_budget": 1 / 3,
+        "cppo/masked_positive": 2 / 3,
+        "cppo/toward_rollout": 1 / 3,
+        "cppo/delta_b": 0.01,
+        "cppo/divergence/mean": (0.2 + 0.02 / 0.9 + 0.01 / 0.8 + 0.2) / 5,
+        "cppo/divergence/max": 0.2,
+        "cppo/ratio/mean": (4 * up + down) / 5,
+        "cppo/ratio/max": up,
+    }
+    p90 = metrics.pop("cppo/divergence/p90")
+    assert p90 == pytest.approx(0.2, rel=0.012)
+    assert metrics == pytest.approx(expected, rel=1e-5)  # masked_negative is left out: no such token
+
+
+def test_p90_is_that_of_all_tokens_to_one_percent():
+    divergence, advantages, log_ratio, mask = random_rows(400, 60, seed=11)
+    divergence = divergence * 10 ** -torch.rand(400, 60)
+    metrics = summarize(record_of(divergence, advantages, log_ratio, mask), lambda x: x)
+    exact = torch.quantile(divergence[mask], 0.9, interpolation="lower").item()
+    assert metrics["cppo/divergence/p90"] == pytest.approx(exact, rel=0.012)
+    zero = summarize(record_of(0 * divergence, advantages, log_ratio, mask), lambda x: x)
+    assert zero["cppo/divergence/p90"] == 0.0
+
+
+def test_metrics_do_not_depend_on_the_split_into_micro_batches_and_processes():
+    rows = random_rows(96, 40, seed=12)
+    whole = summarize(record_of(*rows), lambda x: x)
+    parts = [record_of(*(x[i : i + 24] for x in rows)) for i in range(0, 96, 24)]
+    ranks = [add_records(add_records(None, parts[0]), parts[1]), add_records(add_records(None, parts[2]), parts[3])]
+    gathered = summarize(ranks[0], lambda x: torch.cat([x, ranks[1][None]]))
+    assert gathered == pytest.approx(whole, rel=1e-5)
+    assert 0.01 < whole["cppo/masked_by_budget"] < whole["cppo/masked"] < 0.99
+
+
+def test_empty_batch_gives_no_scalars():
+    divergence, advantages, log_ratio, mask = random_rows(8, 5, seed=13)
+    assert summarize(record_of(divergence, advantages, log_ratio, 0 * mask.long()), lambda x: x) == {}
