@@ -1,0 +1,16 @@
+"""Mathematics rewards on math-verify that return in bounded time, whatever the model writes."""
+
+from cppo_trl.rewards.answers import extract_answer, extract_gold
+from cppo_trl.rewards.checker import Checker, Outcome
+from cppo_trl.rewards.math import AccuracyReward, accuracy_reward, accuracy_reward_async, format_reward
+
+__all__ = [
+    "AccuracyReward",
+    "Checker",
+    "Outcome",
+    "accuracy_reward",
+    "accuracy_reward_async",
+    "extract_answer",
+    "extract_gold",
+    "format_reward",
+]

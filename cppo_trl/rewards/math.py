@@ -1,0 +1,171 @@
+"""Reward functions for mathematics, with TRL's signature."""
+
+import asyncio
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+from cppo_trl.rewards.answers import SOURCES, extract_answer, extract_gold
+from cppo_trl.rewards.checker import Outcome, shared_checker
+
+Completion = str | list[dict[str, Any]]
+LogExtra = Callable[[str, list], None]
+LogMetric = Callable[[str, float], None]
+
+_METRICS = {
+    "reward/unparseable_gold": "unparseable_gold",
+    "reward/no_answer": "no_answer",
+    "reward/unparseable_answer": "unparseable_answer",
+    "reward/timeout": "timeout",
+    "reward/crash": "crash",
+}
+_PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
+_THINK_FORMAT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>(?!.*</?think>).*\S", re.DOTALL)
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of a completion: a string, or the messages of a conversation, last one with content counting."""
+    if isinstance(completion, str):
+        return completion
+    contents = [message.get("content") for message in completion]
+    return next((content for content in reversed(contents) if isinstance(content, str)), "")
+
+
+class AccuracyReward:
+    r"""Reward 1.0 for a completion whose final answer equals the gold, 0.0 otherwise, None for an unusable gold.
+
+    Args:
+        sources: Where an answer may stand: ``"boxed"``, ``"answer_line"`` (a last line ``Answer: 42``) or both.
+        time_limit: Seconds one comparison may take; past it the answer counts as wrong.
+        partial_credit: Reward of a wrong answer that could be read as mathematics. Default 0.0: off.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+
+    __name__ = "accuracy_reward"
+
+    def __init__(
+        self,
+        sources: Collection[str] = SOURCES,
+        time_limit: float = 5.0,
+        partial_credit: float = 0.0,
+    ):
+        sources = (sources,) if isinstance(sources, str) else tuple(sources)
+        if not sources or not set(sources) <= set(SOURCES):
+            raise ValueError(f"sources must name some of {', '.join(SOURCES)}; got {sources!r}")
+        if not time_limit > 0:
+            raise ValueError(f"time_limit must be a positive number of seconds, got {time_limit!r}")
+        if not 0 <= partial_credit < 1:
+            raise ValueError(f"partial_credit must be at least 0 (off) and below 1, got {partial_credit!r}")
+        self.sources = sources
+        self.time_limit = time_limit
+        self.partial_credit = partial_credit
+
+    def __call__(
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[Any],
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """Grade a batch; the other columns that a trainer passes are not used."""
+        outcomes = self.grade(completions, solution)
+        _log(outcomes, log_extra, log_metric)
+        return [self._reward(outcome) for outcome in outcomes]
+
+    def grade(
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[Any],
+        progress: Callable[[int], object] | None = None,
+    ) -> list[Outcome]:
+        """Compare each completion with its gold and say why it failed.
+
+        Args:
+            completions: Strings or lists of messages.
+            solution: The golds, one for each completion.
+            progress: Called with the number of completions done since the last call.
+
+        Raises:
+            ValueError: If there are not as many golds as completions.
+        """
+        if len(completions) != len(solution):
+            raise ValueError(
+                f"solution has {len(solution)} golds for {len(completions)} completions; give one for each"
+            )
+        outcomes: list[Outcome | None] = []
+        pairs, places = [], []
+        for place, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
+            gold_text = extract_gold(gold)
+            answer = extract_answer(completion_text(completion), self.sources)
+            outcomes.append(_without_parsing(gold_text, answer))
+            if outcomes[-1] is None:
+                pairs.append((gold_text, answer))
+                places.append(place)
+            elif progress:
+                progress(1)
+        for place, outcome in zip(places, shared_checker().check(pairs, self.time_limit, progress), strict=True):
+            outcomes[place] = outcome
+        return outcomes
+
+    def _reward(self, outcome: Outcome) -> float | None:
+        if outcome.why == "unparseable_gold":
+            return None
+        if outcome.why == "different":
+            return self.partial_credit
+        return float(outcome.why == "equal")
+
+
+def _without_parsing(gold: str | None, answer: str | None) -> Outcome | None:
+    """Return the outcome where it needs no mathematics: something is missing, or both are plain integers."""
+    if gold is None:
+        return Outcome("unparseable_gold", None, answer)
+    if answer is None:
+        return Outcome("no_answer", gold, None)
+    if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
+        return Outcome("equal" if gold == answer else "different", gold, answer)
+    return None
+
+
+def _log(outcomes: Sequence[Outcome], log_extra: LogExtra | None, log_metric: LogMetric | None) -> None:
+    whys = [outcome.why for outcome in outcomes]
+    if log_extra is not None:
+        log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
+        log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
+        log_extra("verdict", ["right" if why == "equal" else "wrong" for why in whys])
+        log_extra("why", ["" if why == "equal" else why for why in whys])
+    if log_metric is not None and whys:
+        for name, why in _METRICS.items():
+            log_metric(name, whys.count(why) / len(whys))
+
+
+_default = AccuracyReward()
+
+
+def accuracy_reward(
+    completions: Sequence[Completion],
+    solution: Sequence[Any],
+    log_extra: LogExtra | None = None,
+    log_metric: LogMetric | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """Grade with the default :class:`AccuracyReward`."""
+    return _default(completions, solution, log_extra, log_metric, **kwargs)
+
+
+async def accuracy_reward_async(
+    completions: Sequence[Completion],
+    solution: Sequence[Any],
+    log_extra: LogExtra | None = None,
+    log_metric: LogMetric | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """Grade on the same pool without blocking the event loop."""
+    return await asyncio.to_thread(_default, completions, solution, log_extra, log_metric, **kwargs)
+
+
+def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
+    """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
+    return [float(_THINK_FORMAT.fullmatch(completion_text(c).rstrip()) is not None) for c in completions]
