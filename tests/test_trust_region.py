@@ -126,7 +126,10 @@ def test_budget_may_differ_by_row():
     for b in range(0, 300, 17):
         rows = slice(b, b + 1)
         alone = cppo_mask(
-            *(x[rows] for x in (divergence, advantages, log_ratio, mask)), delta=0.1, w_min=0.8, delta_b=budget[b].item()
+            *(x[rows] for x in (divergence, advantages, log_ratio, mask)),
+            delta=0.1,
+            w_min=0.8,
+            delta_b=budget[b].item(),
         )
         assert torch.equal(together[rows], alone)
 
@@ -177,7 +180,15 @@ def test_prefix_sums_of_long_responses():
     # a budget crossed exactly once: S_t = t D against delta + delta_b (t - 1) with D = 0.0104, w = 1
     length, d, delta_b, delta = 32_768, 0.0104, 0.01, 0.15
     divergence = torch.full((2, length), d)
-    keep = cppo_mask(divergence, torch.ones(2), torch.ones(2, length), torch.ones(2, length), delta=delta, w_min=1.0, delta_b=delta_b)
+    keep = cppo_mask(
+        divergence,
+        torch.ones(2),
+        torch.ones(2, length),
+        torch.ones(2, length),
+        delta=delta,
+        w_min=1.0,
+        delta_b=delta_b,
+    )
     first_out = math.floor((delta - delta_b) / (d - delta_b)) + 1  # smallest t with t d > delta + delta_b (t - 1)
     assert keep[0].sum() == first_out - 1
     # and the sums themselves against fp64

@@ -1,0 +1,139 @@
+"""A training run from its configuration: data, rewards, trainer, checkpoint, Hub. What ``scripts/train.py`` calls."""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import load_dataset, load_from_disk
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+from trl import (
+    DatasetMixtureConfig,
+    ModelConfig,
+    ScriptArguments,
+    TrlParser,
+    get_dataset,
+    get_peft_config,
+    get_quantization_config,
+)
+
+from cppo_trl.config import CPPOConfig
+from cppo_trl.trainer import CPPOTrainer
+
+
+@dataclass
+class CPPOScriptArguments(ScriptArguments):
+    """Arguments of a training run beside `CPPOConfig`, `trl.ModelConfig` and `trl.DatasetMixtureConfig`.
+
+    Args:
+        reward_funcs: dotted import paths of reward functions in TRL's signature.
+    """
+
+    reward_funcs: list[str] = field(
+        default_factory=lambda: ["cppo_trl.rewards.accuracy_reward"],
+        metadata={"help": "Dotted import paths of the reward functions."},
+    )
+
+
+Arguments = tuple[CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig]
+
+
+def parse_arguments(args: Sequence[str] | None = None) -> Arguments:
+    """Parse ``--config FILE.yaml`` and command-line fields, which win over the file's.
+
+    Raises:
+        ValueError: for a field that no dataclass knows, or a value that `CPPOConfig` refuses.
+    """
+    parser = TrlParser((CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig))
+    return parser.parse_args_and_config(args)
+
+
+def train(
+    script: CPPOScriptArguments,
+    config: CPPOConfig,
+    model: ModelConfig,
+    mixture: DatasetMixtureConfig,
+    callbacks: list[TrainerCallback] | None = None,
+) -> CPPOTrainer:
+    """Train, save to ``config.output_dir`` and, with ``push_to_hub``, upload.
+
+    ``resume_from_checkpoint`` may be a path, or ``True`` for the last checkpoint in ``output_dir``.
+
+    Returns:
+        The trainer, with its model and its log history.
+
+    Raises:
+        ValueError: if no dataset, model or reward is named, or a dataset lacks a column.
+    """
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
+    rewards = [_reward(path) for path in script.reward_funcs]
+    data = _load(script, mixture)
+    _check_split(data, script.dataset_train_split)
+    evaluating = config.eval_strategy != "no"
+    if evaluating:
+        _check_split(data, script.dataset_test_split)
+    config.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(config.model_init_kwargs or {}),
+    }
+    trainer = CPPOTrainer(
+        model.model_name_or_path,
+        rewards,
+        config,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if evaluating else None,
+        callbacks=callbacks,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+    resume: Any = config.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # from the command line
+        resume = resume.lower() == "true"
+    if resume is True and get_last_checkpoint(config.output_dir) is None:
+        raise ValueError(f"resume_from_checkpoint=true, but output_dir={config.output_dir!r} holds no checkpoint.")
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(config.output_dir)
+    if config.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+def _reward(path: str) -> Callable[..., list[float | None]]:
+    module, _, name = path.rpartition(".")
+    sys.path.insert(0, os.getcwd())  # rewards next to the recipe, as in `trl grpo`
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"reward_funcs: cannot import {path!r} ({error}). Give a dotted path, module.function."
+        ) from error
+    finally:
+        sys.path.pop(0)
+
+
+def _load(script: CPPOScriptArguments, mixture: DatasetMixtureConfig) -> Any:
+    if mixture.datasets:
+        return get_dataset(mixture)
+    if not script.dataset_name:
+        raise ValueError("dataset_name (or datasets) must name a dataset on the Hub or a local directory.")
+    if os.path.exists(os.path.join(script.dataset_name, "dataset_dict.json")):
+        return load_from_disk(script.dataset_name)
+    return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _check_split(data: Any, split: str) -> None:
+    if split not in data:
+        raise ValueError(
+            f"The dataset has no split {split!r}; it has {list(data)}. Set dataset_train_split or _test_split."
+        )
+    columns = data[split].column_names
+    if columns is not None and "prompt" not in columns:
+        raise ValueError(
+            f"Split {split!r} has no column 'prompt'; it has {columns}. Rename the column of the questions."
+        )

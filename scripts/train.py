@@ -1,0 +1,15 @@
+"""Train a model with CPPO from a YAML recipe.
+
+    python scripts/train.py --config configs/quickstart/cppo.yaml
+    accelerate launch scripts/train.py --config configs/quickstart/cppo.yaml --learning_rate 5e-5
+
+Fields of the recipe are those of `cppo_trl.CPPOConfig`, `trl.ModelConfig`, `trl.DatasetMixtureConfig` and
+`cppo_trl.training.CPPOScriptArguments`; the command line wins over the file, and unknown fields are refused.
+"""
+
+from cppo_trl.training import parse_arguments, train
+
+if __name__ == "__main__":
+    trainer = train(*parse_arguments())
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    trainer.end()

@@ -1,0 +1,116 @@
+"""Tiny models, tokenizers and trainers made on the spot; nothing is downloaded."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from cppo_trl import CPPOConfig, CPPOTrainer
+from cppo_trl.data import arithmetic
+
+PROMPTS, COMPLETION, VOCABULARY = 8, 12, 23
+
+
+def tiny_model(seed=0, **overrides):
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.4,  # peaked enough that updates move the policy
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+        **overrides,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def digit_reward(completions, **kwargs):
+    """Share of digits in the completion: a dense signal that every tiny model can raise."""
+    return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+
+
+def tiny_data(count=64):
+    return arithmetic.problems(count, terms=3, seed=0)
+
+
+@pytest.fixture
+def make_trainer(tmp_path):
+    """A CPPOTrainer (or ``cls``) on the CPU; keyword arguments go to its config."""
+
+    def make(
+        cls=CPPOTrainer, config_cls=CPPOConfig, model=None, data=None, reward=digit_reward, trainer=None, **fields
+    ):
+        defaults = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 8,
+            "per_device_eval_batch_size": 8,
+            "num_generations": 4,
+            "max_completion_length": COMPLETION,
+            "learning_rate": 1e-3,
+            "max_steps": 4,
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        return cls(
+            model if model is not None else tiny_model(),
+            reward,
+            config_cls(**{**defaults, **fields}),
+            train_dataset=data if data is not None else tiny_data(),
+            processing_class=arithmetic.tokenizer(),
+            **(trainer or {}),
+        )
+
+    return make
+
+
+def injected_batch(model, rows=8, length=COMPLETION, seed=0, noise=0.3, prompt_length=5):
+    """A minibatch as TRL's loss takes it, with rollout log-probs off the policy by ``noise`` nats per token.
+
+    Responses have different lengths; row 1 is empty and row 2 has a single token.
+    """
+    g = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(2, VOCABULARY, (rows, prompt_length), generator=g)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sampled = model.generate(prompt, do_sample=True, top_k=0, min_new_tokens=length, max_new_tokens=length)
+    completion = sampled[:, prompt_length:]
+    lengths = torch.randint(2, length + 1, (rows, 1), generator=g)
+    lengths[1], lengths[2], lengths[3] = 0, 1, length
+    mask = (torch.arange(length) < lengths).long()
+    with torch.no_grad():
+        logits = model(torch.cat([prompt, completion], 1)).logits[:, prompt_length - 1 : -1]
+    logps = logits.float().log_softmax(-1).gather(-1, completion[..., None])[..., 0]
+    shift = torch.randn(rows, length, generator=g) * noise
+    return {
+        "prompt_ids": prompt,
+        "prompt_mask": torch.ones_like(prompt),
+        "completion_ids": completion,
+        "completion_mask": mask,
+        "advantages": torch.randn(rows, generator=g),
+        "old_per_token_logps": ((logps + shift).clamp(max=-1e-3)) * mask,
+        "num_items_in_batch": mask.sum(),
+    }
+
+
+def full_logps(model, batch, temperature=1.0):
+    """log π of the completion tokens from full logits: independent of TRL's fused head."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    logits = model(input_ids=ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
+    logps = (logits.float() / temperature).log_softmax(-1)
+    return logps.gather(-1, batch["completion_ids"][..., None])[..., 0]
