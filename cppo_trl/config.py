@@ -141,6 +141,8 @@ class CPPOConfig(GRPOConfig):
             if self.uses_budget and self.cppo_delta_b_quantile is not None:
                 ceiling = self.cppo_delta_b * self.cppo_delta_b_max_multiple
                 rule += f" to {ceiling:g} (quantile {self.cppo_delta_b_quantile:g} of each response)"
+            elif self.uses_budget:
+                rule += " (fixed)"
         if self.cppo_ratio_cap is not None:
             rule += f", ratio capped at {self.cppo_ratio_cap:g}"
         return {

@@ -1,0 +1,117 @@
+import math
+import warnings
+
+import pytest
+
+from cppo_trl import CPPOConfig
+
+
+def make(**fields):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return CPPOConfig("out", use_cpu=True, **{"bf16": False, **fields})
+
+
+def test_defaults_are_the_paper_s():
+    config = make()
+    assert (config.trust_region, config.cppo_divergence) == ("cppo", "binary_tv")
+    assert (config.cppo_delta, config.cppo_delta_b, config.cppo_w_min) == (0.15, 0.02, 0.8)
+    assert (config.cppo_delta_b_quantile, config.cppo_delta_b_max_multiple) == (0.9, 2.0)
+    assert config.cppo_ratio_cap is None
+    assert (config.loss_type, config.scale_rewards, config.beta) == ("dr_grpo", "none", 0.0)
+    assert config.disable_dropout
+    assert not config.vllm_importance_sampling_correction
+    kl = make(cppo_divergence="binary_kl")
+    assert (kl.cppo_delta, kl.cppo_delta_b) == (0.1, 0.002)
+    assert make(cppo_divergence="binary_kl", cppo_delta=0.3).cppo_delta == 0.3
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "updates", "on_policy"),
+    [
+        ({}, 2, 2, False),
+        ({"gradient_accumulation_steps": 4}, 8, 2, False),
+        ({"gradient_accumulation_steps": 4, "num_iterations": 2}, 4, 2, False),
+        ({"steps_per_generation": 8, "gradient_accumulation_steps": 2}, 8, 4, False),
+        ({"generation_batch_size": 32}, 4, 4, False),
+        ({"steps_per_generation": 4, "gradient_accumulation_steps": 4}, 4, 1, True),
+        ({"steps_per_generation": 1, "gradient_accumulation_steps": 4}, 1, 0.25, True),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, 3, 1.5, False),
+    ],
+)
+def test_schedule(fields, steps, updates, on_policy):
+    config = make(**fields)
+    assert config.steps_per_generation == steps
+    assert config.updates_per_rollout == updates
+    assert config.always_on_policy == on_policy
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"trust_region": "ppo"}, "trust_region must be one of"),
+        ({"cppo_divergence": "kl"}, "cppo_divergence must be one of"),
+        ({"cppo_delta": 0.0}, "cppo_delta must be > 0"),
+        ({"cppo_delta": math.nan}, "cppo_delta must be > 0"),
+        ({"cppo_delta_b": -1.0}, "cppo_delta_b must be > 0"),
+        ({"cppo_w_min": 0.0}, "cppo_w_min must be in"),
+        ({"cppo_w_min": 1.2}, "cppo_w_min must be in"),
+        ({"cppo_delta_b_quantile": 90.0}, "cppo_delta_b_quantile must be in"),
+        ({"cppo_delta_b_max_multiple": 0.5}, "cppo_delta_b_max_multiple must be"),
+        ({"cppo_ratio_cap": 0.5}, "cppo_ratio_cap must be >= 1"),
+        ({"trust_region": "dppo", "cppo_w_min": 0.9}, "cppo_w_min must be left at 0.8"),
+        ({"trust_region": "dppo", "cppo_delta_b": 0.01}, "cppo_delta_b must be left at None"),
+        ({"loss_type": "cispo"}, "loss_type must be one of"),
+        ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type must be one of"),
+        ({"epsilon": 0.1}, "epsilon=0.1 .*cppo_delta"),
+        ({"epsilon_high": 0.28}, "epsilon_high=0.28 .*cppo_delta"),
+        ({"delta": 4.0}, "delta=4.0 .*cppo_ratio_cap"),
+        ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5"),
+        ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, "importance_sampling_level='sequence'"),
+        ({"vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction=True"),
+        ({"vllm_importance_sampling_cap": 2.0}, "vllm_importance_sampling_cap=2.0"),
+        ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"top_k": 50}, "top_k=50"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a[+]'"),
+        ({"temperature": 0.0}, "temperature must be > 0"),
+        ({"generation_kwargs": {"logprobs": 20}}, r"generation_kwargs sets \['logprobs'\]"),
+        ({"generation_kwargs": '{"top_p": 0.5}'}, r"generation_kwargs sets \['top_p'\]"),
+        ({"use_transformers_continuous_batching": True, "bf16": True}, "continuous_batching .*bf16"),
+    ],
+)
+def test_what_contradicts_the_rule_is_refused_by_name(fields, named):
+    with pytest.raises(ValueError, match=named):
+        make(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "warned"),
+    [
+        ({"steps_per_generation": 1}, "steps_per_generation"),
+        ({"beta": 0.1}, "beta"),
+        ({"disable_dropout": False}, "dropout"),
+        ({"bf16": True}, "cast_lm_head_to_fp32"),
+        ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg"),
+    ],
+)
+def test_doubtful_settings_warn_once(fields, warned):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        CPPOConfig("out", use_cpu=True, **{"bf16": False, **fields})
+    assert sum(warned in str(w.message) for w in caught if w.category is UserWarning) == 1
+
+
+def test_a_sound_setting_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        CPPOConfig("out", use_cpu=True, bf16=False)
+
+
+def test_infinite_limits_and_fixed_budget_are_legal():
+    config = make(cppo_delta=math.inf, cppo_delta_b=math.inf, cppo_w_min=1.0, cppo_delta_b_quantile=None)
+    assert not config.uses_budget
+    assert "quantile" not in config.schedule()["trust region"]
+    assert "fixed" in make(cppo_delta_b_quantile=None).schedule()["trust region"]
