@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -63,7 +64,8 @@ def evaluate(
         sampled = _scores(
             model,
             tokenizer,
-            *repeated,
+            repeated[0],
+            repeated[1],
             reward,
             max_new_tokens,
             batch_size,
@@ -74,11 +76,21 @@ def evaluate(
         )
     model.train(was_training)
     by_problem = sampled.view(len(prompts), k).nanmean(1)
-    stderr = by_problem.std().item() / math.sqrt(len(prompts))
-    return Accuracy(greedy.nanmean().item(), by_problem.nanmean().item(), stderr, k)
+    answered = by_problem[~by_problem.isnan()]
+    stderr = answered.std().item() / math.sqrt(len(answered))
+    return Accuracy(greedy.nanmean().item(), answered.mean().item(), stderr, k)
 
 
-def _scores(model, tokenizer, prompts, solutions, reward, max_new_tokens, batch_size, **sampling):  # type: ignore
+def _scores(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    solutions: Sequence[str],
+    reward: Callable[..., list[float | None]],
+    max_new_tokens: int,
+    batch_size: int,
+    **sampling: Any,
+) -> torch.Tensor:
     scores: list[float | None] = []
     for start in tqdm(range(0, len(prompts), batch_size), desc="evaluating", leave=False):
         chunk = slice(start, start + batch_size)

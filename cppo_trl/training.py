@@ -38,16 +38,18 @@ class CPPOScriptArguments(ScriptArguments):
     )
 
 
-Arguments = tuple[CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig]
+ARGUMENT_TYPES = (CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig)
 
 
-def parse_arguments(args: Sequence[str] | None = None) -> Arguments:
+def parse_arguments(
+    args: Sequence[str] | None = None,
+) -> tuple[CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig]:
     """Parse ``--config FILE.yaml`` and command-line fields, which win over the file's.
 
     Raises:
         ValueError: for a field that no dataclass knows, or a value that `CPPOConfig` refuses.
     """
-    parser = TrlParser((CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig))
+    parser = TrlParser(ARGUMENT_TYPES)
     return parser.parse_args_and_config(args)
 
 
@@ -56,11 +58,13 @@ def train(
     config: CPPOConfig,
     model: ModelConfig,
     mixture: DatasetMixtureConfig,
-    callbacks: list[TrainerCallback] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    drop_callbacks: Sequence[type[TrainerCallback]] = (),
 ) -> CPPOTrainer:
-    """Train, save to ``config.output_dir`` and, with ``push_to_hub``, upload.
+    """Train, save model, log and card to ``config.output_dir`` and, with ``push_to_hub``, upload them.
 
-    ``resume_from_checkpoint`` may be a path, or ``True`` for the last checkpoint in ``output_dir``.
+    ``resume_from_checkpoint`` may be a path, or ``True`` for the last checkpoint in ``output_dir``. Callbacks are
+    added to the trainer's own, of which those of the types in ``drop_callbacks`` are removed.
 
     Returns:
         The trainer, with its model and its log history.
@@ -88,10 +92,12 @@ def train(
         config,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if evaluating else None,
-        callbacks=callbacks,
+        callbacks=list(callbacks),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    for callback in drop_callbacks:
+        trainer.remove_callback(callback)
     resume: Any = config.resume_from_checkpoint
     if isinstance(resume, str) and resume.lower() in ("true", "false"):  # from the command line
         resume = resume.lower() == "true"
@@ -99,6 +105,8 @@ def train(
         raise ValueError(f"resume_from_checkpoint=true, but output_dir={config.output_dir!r} holds no checkpoint.")
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(config.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(dataset_name=script.dataset_name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
     return trainer

@@ -1,0 +1,122 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cppo_trl.data import arithmetic
+from cppo_trl.training import parse_arguments
+from tests.conftest import tiny_model
+
+ROOT = Path(__file__).parent.parent
+RECIPE = str(ROOT / "configs/quickstart/cppo.yaml")
+
+
+def launch(*command, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def task(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    arithmetic.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    arithmetic.problems(32, 3, 0).to_json(tmp_path / "data/train.jsonl")
+    return tmp_path
+
+
+def small_run(task):
+    fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
+    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_from_a_recipe(task, processes):
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    command = [*(launcher if processes == 2 else []), ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task)]
+    result = launch(*command, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "CPPO schedule" in result.stdout
+    out = task / "out"
+    AutoModelForCausalLM.from_pretrained(out)
+    assert AutoTokenizer.from_pretrained(out).decode([2]) == "0"
+    history = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    assert "cppo/masked" in history[0]
+    assert "2606.10968" in (out / "README.md").read_text()
+
+
+def test_typos_and_contradictions_are_refused_before_anything_is_loaded(tmp_path):
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("model_name_or_path: nowhere\noutput_dir: out\nuse_cpu: true\nbf16: false\ncppo_detla: 0.1\n")
+    with pytest.raises(ValueError, match="cppo_detla"):
+        parse_arguments(["--config", str(bad)])
+    with pytest.raises(ValueError, match="cppo_w_min must be"):
+        parse_arguments(["--config", RECIPE, "--cppo_w_min", "2"])
+    with pytest.raises((ValueError, SystemExit)):
+        parse_arguments(["--config", RECIPE, "--no_such_flag", "2"])
+
+
+def test_yaml_null_and_inf_reach_the_rule(tmp_path):
+    recipe = tmp_path / "x.yaml"
+    recipe.write_text(
+        "output_dir: out\nuse_cpu: true\nbf16: false\n"
+        "cppo_delta: null\ncppo_delta_b: .inf\ncppo_delta_b_quantile: null\nlearning_rate: 1e-6\n"
+    )
+    _, config, _, _ = parse_arguments(["--config", str(recipe)])
+    assert (config.cppo_delta, config.cppo_delta_b, config.cppo_delta_b_quantile) == (0.15, float("inf"), None)
+    assert config.learning_rate == 1e-6
+    _, config, _, _ = parse_arguments(["--config", str(recipe), "--cppo_delta_b", "0.01"])  # the command line wins
+    assert config.cppo_delta_b == 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reward_funcs", "cppo_trl.rewards.no_such_reward"], "reward_funcs: cannot import"),
+        (["--dataset_train_split", "nope"], "no split 'nope'"),
+        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
+    ],
+)
+def test_mistakes_in_a_run_are_named(task, arguments, message):
+    result = launch(ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *arguments)
+    assert result.returncode != 0
+    assert message in result.stderr
+
+
+def test_quickstart_end_to_end_keeps_an_earlier_run(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "precious.txt").write_text("an earlier run")
+    arguments = ["--config", RECIPE, "--output_dir", out, "--task_dir", tmp_path / "task", "--terms", "3"]
+    arguments += ["--max_steps", "8", "--train_problems", "64", "--test_problems", "8", "--warm_start_steps", "5"]
+    first = launch(ROOT / "scripts/quickstart.py", *arguments)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "holds an earlier run: it is kept as" in first.stdout
+    assert [p.name for p in tmp_path.glob("run-*/*")] == ["precious.txt"]
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "README.md",
+        "trainer_state.json",
+        "curves.png",
+        "results.json",
+    ):
+        assert (out / name).stat().st_size > 100
+    assert "avg@16" in (out / "README.md").read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert results["before"].keys() == results["after"].keys() == {"greedy", "avg_at_16", "avg_at_16_stderr"}
+    assert results["rollouts"] == 2
+    # the same seed gives the same numbers
+    second = launch(ROOT / "scripts/quickstart.py", *arguments)
+    assert second.returncode == 0, second.stderr[-3000:]
+    again = json.loads((out / "results.json").read_text())
+    del results["train_seconds"], again["train_seconds"]
+    assert again == results
