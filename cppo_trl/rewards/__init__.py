@@ -2,7 +2,13 @@
 
 from cppo_trl.rewards.answers import extract_answer, extract_gold
 from cppo_trl.rewards.checker import Checker, Outcome
-from cppo_trl.rewards.math import AccuracyReward, accuracy_reward, accuracy_reward_async, format_reward
+from cppo_trl.rewards.math import (
+    AccuracyReward,
+    accuracy_reward,
+    accuracy_reward_async,
+    format_reward,
+    soft_overlong_punishment,
+)
 
 __all__ = [
     "AccuracyReward",
@@ -13,4 +19,5 @@ __all__ = [
     "extract_answer",
     "extract_gold",
     "format_reward",
+    "soft_overlong_punishment",
 ]

@@ -8,7 +8,7 @@ mathematics stay math-verify's; each rule here names the case that made it neces
 import math
 import numbers
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 SOURCES = ("boxed", "answer_line")
@@ -60,7 +60,7 @@ def extract_gold(gold: Any) -> str | None:
 
 
 def _box_content(text: str, start: int) -> str | None:
-    r"""Return what the box command at ``start`` holds: ``{...}`` with its braces matched, or a bare token (``\boxed 5``)."""
+    r"""Return what the box command at ``start`` holds, in braces or as in ``\boxed 5``; None if it is not closed."""
     start += len(r"\boxed" if text.startswith(r"\boxed", start) else r"\fbox")
     bare = _BARE_BOX.match(text, start)
     if bare:
@@ -80,11 +80,144 @@ def _answer_line(text: str, start: int) -> str:
     return next(filter(None, match.groups()), "").strip("*_ \t") if match else ""
 
 
-def units_differ(gold: str | None, answer: str | None) -> bool:
-    """Tell whether both have a unit and the units are known to differ."""
-    return gold is not None and answer is not None and gold != answer
+_SYMBOLS = str.maketrans(
+    {
+        "–": "-", "—": "-", "−": "-", "‑": "-", "﹣": "-", "，": ",", "．": ".", "：": ":", "％": "%", "＝": "=",
+        "（": "(", "）": ")", "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
+        "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ",
+        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "⅔": r"\frac{2}{3}", "°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ",
+        "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "ℝ": r"\mathbb{R}", "±": r"\pm ", "⁄": "/",
+    }
+)  # fmt: skip
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_STYLED = r"\\(?:text(?:bf|rm|it|normal)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm|operatorname)\s*"
+_RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        # The case that made a rule necessary stands behind it: what was read wrongly, and as what.
+        (r"\\(?:left|right)\.|\\(?:displaystyle|textstyle|left|right)(?![a-zA-Z])\s*", ""),  # \displaystyle 5
+        (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),  # \(5\) inside a box
+        (
+            r"(?<![_^])(?<!\\frac)(\d)(?:\\[,!;: ]|\{,\}|,\\!|\s)(?=\d{3}(?!\d))",
+            r"\1,",
+        ),  # 1\,234 was 235, 100 000 was 0
+        (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
+        (r"^" + _STYLED + r"\{\s*(" + _NUMBER + r"(?:\s*/\s*\d+)?)\s*\}$", r"\1"),  # \text{5} was a word
+        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),  # was a symbol of that name
+        (r"\\lbrace(?![a-zA-Z])", r"\\{"),  # \lbrace 1,2 \rbrace was no mathematics
+        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+        (r"\\langle(?![a-zA-Z])", "("),  # \langle 1,2 \rangle was no mathematics
+        (r"\\rangle(?![a-zA-Z])", ")"),
+        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),  # \mathbb R was no mathematics
+        (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # 2pi was 2*p*i
+        (r"(?<![\\a-zA-Z])(?:infinity|infty)(?![a-zA-Z])", r"\\infty "),  # infinity was a word
+        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(13) was no mathematics
+        (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),  # \sqrt 13 was 3
+        (r"\*\*", "^"),  # 2**10 was no mathematics
+        (r"\^\s*(-\d+)", r"^{\1}"),  # 10^-3 was no mathematics
+        (r"(\d)\s*[xX*]\s*10\s*\^", r"\1\\times 10^"),  # 1.5x10^3 had a variable x
+        (r"^(" + _NUMBER + r")[eE]([-+]?\d+)$", r"\1\\times 10^{\2}"),  # 6.02e23 was 6.02*E*23
+        # 60.2 \times 10^{22} was not 6.02 \times 10^{23}: floating point numbers are compared to six decimals
+        (r"(\d+)\.(\d+)(?=\s*\\(?:times|cdot)\s*10\s*\^)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
+        (r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4 was 1
+        (r"(?<![_^]\d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ","),  # 2 3 was 5
+        (r"^([-+]?\d+)_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 101_2 was 101, and so was 101_3
+        (r"(?<=\d)\.$", ""),  # 5. was no mathematics
+        (r"^\\approx\s*", ""),  # \approx 3.14 was no mathematics
+    ]
+]
+_REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
+_TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
+_DEGREES_TAIL = re.compile(rf"(?<=[\d}}])(?:{_DEGREES.pattern})\s*(?:{_STYLED}\{{)?\s*([CF]?)\s*\}}?$")
+_THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_MONEY = re.compile(r"(?:\\?\$|€|£|¥|₹|\b(?:USD|EUR|GBP|Rs)\b\.?)\s*(?=[-+.\d])")
+_PERCENT_TAIL = re.compile(rf"\s*(?:(?:{_STYLED}\{{\s*)?(?:\bper\s?cent(?:age)?|\bpct|\\?%)\s*\}}?)$")
+_STYLED_TAIL = re.compile(r"(?<=[\w})])\s*" + _STYLED + r"\{\s*([^{}]*?)\s*\}((?:\^\{?\d\}?)?)$")
+_WORD_TAIL = re.compile(
+    rf"((?:^|=\s*)(?:{_NUMBER}|[-+]?\d+\s*/\s*\d+|[-+]?\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}))"
+    r"(\s*)([a-zA-Z]+(?:[ ./]+[a-zA-Z]+){0,2}\.?)((?:\^\{?\d\}?)?)$"
+)
+_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 ,.'-]*")
+_UNITS = {
+    alias: names.split()[0]
+    for names in (
+        "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|inch inche in|"
+        "ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|s second sec|min minute|"
+        "h hour hr|day|week|month|year yr|l liter litre|ml milliliter millilitre|dollar|cent|degree|mi/h mph|km/h kmh"
+    ).split("|")
+    for alias in names.split()
+}
 
 
 def normalise(text: str) -> tuple[str, str | None]:
-    """Return LaTeX that math-verify reads as meant, and the unit that was taken off it."""
-    return text.replace("$", ""), None
+    r"""Return LaTeX that math-verify reads as meant, and the unit that was taken off it.
+
+    The unit is ``"%"``, a known one in one spelling (``"cm^2"``, ``"degree"``), ``""`` for any other
+    (``5\text{ apples}``), or None. math-verify's own list of units has ``s``, ``m`` and ``h`` among them, so that it
+    takes ``\pi r^2 h`` for ``\pi r^2``; a bare letter is never a unit here.
+    """
+    text = " ".join(text.translate(_SYMBOLS).split()).strip("*_ ")
+    spans = _DELIMITED.findall(text)
+    if len(spans) == 1 and re.search(r"[a-zA-Z]{2}", _DELIMITED.sub("", text)):
+        text = "".join(spans[0]).strip()  # "The total is $34$ dollars" in an Answer: line or a gold
+    text, paid = _MONEY.subn("", text)
+    if not text.endswith("..."):
+        text = text.rstrip(" .,;")
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text).strip()
+    if not re.search(r"[(\[]|\\\{", text):
+        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)  # 1,234 m was no number
+    text, unit = _without_unit(text)
+    if repeating := _REPEATING.fullmatch(text):  # 0.\overline{3} was no mathematics
+        sign, whole, fixed, repeated = repeating.groups()
+        over = int(whole + fixed + repeated) - int(whole + fixed or 0)
+        text = rf"{sign}\frac{{{over}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
+    if _TRIG.search(text):
+        text = _DEGREES.sub(r"\\cdot\\frac{\\pi}{180}", text)  # \sin 30^\circ was the sine of 30 radians
+    if _WORDS.fullmatch(text) and re.search(r"[A-Za-z]{3}", text) and re.search(r"[aeiouAEIOU]", text):
+        text = rf"\text{{{text.lower()}}}"  # Evelyn was E*v*e*l*y*n, and so was every anagram
+    return text, "dollar" if paid and unit is None else unit
+
+
+def units_differ(gold: str | None, answer: str | None) -> bool:
+    """Tell whether both sides name a unit and the two are known to differ, as ``5 cm`` and ``5 m`` do."""
+    return bool(gold and answer and gold != answer)
+
+
+def _without_unit(text: str) -> tuple[str, str | None]:
+    """Take a trailing unit off."""
+    if tail := _PERCENT_TAIL.search(text):
+        return text[: tail.start()], "%"
+    if (tail := _DEGREES_TAIL.search(text)) and not _TRIG.search(text):
+        return text[: tail.start()], "degree" + tail[1].upper()
+    if tail := _STYLED_TAIL.search(text):
+        value, name, power = text[: tail.start()], tail[1], tail[2]
+        is_unit = len(name) > 1 or name in _UNITS or name == "L"  # not 2\mathrm{e}, 2\text{i}
+    elif tail := _WORD_TAIL.search(text):
+        value, name, power = text[: tail.end(1)], tail[3], tail[4]
+        known = len(name) > 1 and _canonical_unit(name)
+        is_unit = bool(known or (tail[2] and re.search(r"[a-z]{3}", name)))  # not 2ab, 3xy, 5 m
+    else:
+        return text, None
+    if not is_unit or re.match(r"(?:and|or)\b", name):
+        return text, None
+    return value.strip(), _canonical_unit(name + power.replace("{", "").replace("}", ""))
+
+
+def _canonical_unit(name: str) -> str:
+    """Return one spelling for a known unit, ``""`` for any other."""
+    if name.startswith("base "):
+        return name
+    name = re.sub(
+        r"^(square|sq\.?|cubic|cu\.?) (.*)", lambda m: m[2] + ("^2" if m[1][0] == "s" else "^3"), name.lower()
+    )
+    units = []
+    for part in re.split(r"\s*/\s*|\s+per\s+", name.strip(" .")):
+        word, caret, power = part.partition("^")
+        unit = _UNITS.get(word) or _UNITS.get(word.removesuffix("s"))
+        if unit is None:
+            return ""
+        units.append(unit + caret + power)
+    return "/".join(units)

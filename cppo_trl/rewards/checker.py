@@ -13,19 +13,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
 CHUNK_CHARS = 1 << 16
 START_LIMIT_S = 120.0  # a cold file system may need this long to import sympy
 START_ATTEMPTS = 5
+SEND_LIMIT_S = 10.0
 MAX_DEATHS = 3  # a comparison that loses its worker is tried again, as the worker may have been killed from outside
 _BOOT = (
-    "import json,sys; sys.path[:]=json.loads(sys.argv[1]);"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     "from cppo_trl.rewards.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
@@ -34,8 +36,9 @@ class Outcome(NamedTuple):
     """What one comparison gave.
 
     Attributes:
-        why: ``"equal"``, ``"different"``, ``"unparseable_gold"``, ``"unparseable_answer"``, ``"timeout"``,
-            ``"crash"`` (the worker died of it: memory, stack) or ``"error:<exception>"``.
+        why: ``"equal"``, ``"different"``, ``"no_answer"``, ``"unparseable_answer"``, ``"unparseable_gold"``,
+            ``"timeout"``, ``"gold_timeout"`` (the gold alone took too long), ``"crash"`` (the worker died of it:
+            memory, stack) or ``"error:<exception>"``.
         gold: The gold as parsed, shortened; None if it was not.
         answer: The answer as parsed, shortened; None if it was not.
     """
@@ -53,9 +56,9 @@ class _Item:
     deaths: int = 0
     future: "Future[Outcome]" = field(default_factory=Future)
 
-    def settle(self, result: Outcome | BaseException) -> None:
+    def settle(self, result: Outcome | Exception) -> None:
         with contextlib.suppress(InvalidStateError):  # cancelled: nobody waits for it any more
-            if isinstance(result, BaseException):
+            if isinstance(result, Exception):
                 self.future.set_exception(result)
             else:
                 self.future.set_result(result)
@@ -69,27 +72,28 @@ class _Worker:
     """One child process and the socket to it."""
 
     def __init__(self, memory_bytes: int):
-        self.socket, theirs = socket.socketpair()
+        self.started = False
         self.unread = b""
+        self.socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(os.getpid()), str(memory_bytes)],
-                stdin=theirs,
-                stdout=theirs,
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
                 start_new_session=True,  # a Ctrl-C in the terminal is the trainer's business
+                env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms, and so a verdict, may hang on it
             )
 
     def send(self, items: Sequence[_Item]) -> None:
         message = json.dumps([(item.gold, item.answer, item.seconds_left) for item in items])
-        self.socket.settimeout(START_LIMIT_S)
+        self.socket.settimeout(SEND_LIMIT_S)
         try:
             self.socket.sendall(message.encode("ascii") + b"\n")
         except OSError as error:
             raise _WorkerDiedError from error
 
-    def receive(self, limit: float) -> list:
-        """Return the next message, within ``limit`` seconds (TimeoutError) or while the worker lives (_WorkerDiedError)."""
-        deadline = time.monotonic() + limit
+    def receive(self, deadline: float) -> Any:
+        """Return the next message; raises TimeoutError at the deadline, _WorkerDiedError at the worker's end."""
         while b"\n" not in self.unread:
             self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
             try:
@@ -104,7 +108,7 @@ class _Worker:
         line, self.unread = self.unread.split(b"\n", 1)
         return json.loads(line)
 
-    def kill(self) -> None:
+    def end(self) -> None:
         self.process.kill()
         self.process.wait()
         self.socket.close()
@@ -128,12 +132,11 @@ class Checker:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}; leave it out for one per core")
         if memory_mb < 512:
-            raise ValueError(f"memory_mb must be at least 512 (sympy needs about 300), got {memory_mb}")
+            raise ValueError(f"memory_mb must be at least 512, which sympy needs to start, got {memory_mb}")
         self.workers = workers
         self._memory_bytes = memory_mb << 20
         self._reset()
-        os.register_at_fork(after_in_child=self._forget)
-        atexit.register(self.close)
+        _checkers.add(self)
 
     def _reset(self) -> None:
         self._waiting: deque[_Item] = deque()
@@ -142,7 +145,7 @@ class Checker:
         self._children: set[_Worker] = set()
         self._stop = threading.Event()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """In a forked child: the processes, threads and locks are the parent's; keep only the settings."""
         for child in self._children:
             child.socket.close()
@@ -158,32 +161,30 @@ class Checker:
         """Compare each (gold, answer); the outcomes come in the order of the pairs.
 
         Args:
-            pairs: Gold and answer texts, as from :mod:`cppo_trl.rewards.answers`. Equal pairs are compared once.
+            pairs: Gold and answer, as from ``extract_gold`` and ``extract_answer``. Equal pairs are compared once.
             time_limit: Seconds one comparison may take.
             progress: Called with the number of pairs answered since the last call.
 
         Raises:
             RuntimeError: If no worker can be started.
         """
-        counts: dict[tuple[str, str], int] = {}
-        for pair in pairs:
-            counts[pair] = counts.get(pair, 0) + 1
-        items = {pair: _Item(*pair, seconds_left=time_limit) for pair in counts}
-        with self._wake:
-            self._start_threads()
-            self._waiting.extend(items.values())
-            self._wake.notify_all()
+        items = {pair: _Item(*pair, seconds_left=time_limit) for pair in pairs}
+        counts = Counter(pairs)
+        if items:
+            with self._wake:
+                self._start_threads()
+                self._waiting.extend(items.values())
+                self._wake.notify_all()
         try:
-            outcomes = {}
             for pair, item in items.items():
-                outcomes[pair] = item.future.result()
+                item.future.result()
                 if progress:
                     progress(counts[pair])
         except BaseException:  # Ctrl-C, or a worker that cannot start: nobody waits for the rest
             for item in items.values():
                 item.future.cancel()
             raise
-        return [outcomes[pair] for pair in pairs]
+        return [items[pair].future.result() for pair in pairs]
 
     def close(self) -> None:
         """End the workers; a later check starts them again."""
@@ -232,73 +233,128 @@ class Checker:
 
     def _drive(self, stop: threading.Event) -> None:
         """Own one worker for the life of this thread: Linux ends a child with the thread that started it."""
-        worker = None
+        workers: deque[_Worker] = deque()  # the one in use and perhaps its successor
         while chunk := self._take(stop):
             left = deque(chunk)
-            began = None
             try:
-                worker = worker or self._start_worker(stop)
-                worker.send(chunk)
+                self._await_start(workers, stop)
+                workers[0].send(chunk)
                 while left:
-                    began = time.monotonic()
-                    outcome = Outcome(*worker.receive(left[0].seconds_left))
-                    left.popleft().settle(outcome)
-            except TimeoutError:
-                left.popleft().settle(Outcome("timeout"))
-            except _WorkerDiedError:
-                if began is not None:
-                    left[0].deaths += 1
-                    left[0].seconds_left -= time.monotonic() - began
-                    if left[0].deaths == MAX_DEATHS or left[0].seconds_left <= 0:
-                        left.popleft().settle(Outcome("crash"))
+                    self._await_outcome(workers, left)
+                continue
+            except (TimeoutError, _WorkerDiedError):
+                self._end(workers.popleft())
+                if stop.is_set():
+                    for item in left:
+                        item.future.cancel()
+                    break
+                with self._wake:
+                    self._waiting.extendleft(reversed(left))
+                    self._wake.notify_all()
             except Exception as error:  # no worker can be had: say so to everybody who waits
                 with self._wake:
                     left.extend(self._waiting)
                     self._waiting.clear()
-                while left:
-                    left.popleft().settle(error)
-            else:
-                continue
+                for item in left:
+                    item.settle(error)
+        for worker in workers:
             self._end(worker)
-            worker = None
-            with self._wake:
-                self._waiting.extendleft(reversed(left))
-                self._wake.notify_all()
-        self._end(worker)
 
-    def _start_worker(self, stop: threading.Event) -> _Worker:
+    def _await_outcome(self, workers: deque[_Worker], left: deque[_Item]) -> None:
+        """Settle the first item left, unless its worker dies and it may try again."""
+        item = left[0]
+        began = time.monotonic()
+        deadline = began + item.seconds_left
+        gold_read = False
+        try:
+            while True:
+                try:
+                    message = workers[0].receive(began + item.seconds_left / 2)
+                except TimeoutError:  # its start should not add to the time limit
+                    if len(workers) == 1:
+                        workers.append(self._launch())
+                    message = workers[0].receive(deadline)
+                if message != "gold_read":
+                    break
+                gold_read = True
+            left.popleft().settle(Outcome(*message))
+        except TimeoutError:
+            left.popleft().settle(Outcome("timeout" if gold_read else "gold_timeout"))
+            if not gold_read:  # nor would any other answer to it come to an end
+                with self._wake:
+                    for other in [*left, *self._waiting]:
+                        if other.gold == item.gold:
+                            other.settle(Outcome("gold_timeout"))
+                    self._waiting = deque(other for other in self._waiting if not other.future.done())
+                for _ in range(len(left)):
+                    other = left.popleft()
+                    if not other.future.done():
+                        left.append(other)
+            raise
+        except _WorkerDiedError:
+            item.deaths += 1
+            item.seconds_left = deadline - time.monotonic()
+            if item.deaths == MAX_DEATHS or item.seconds_left <= 0:
+                left.popleft().settle(Outcome("crash"))
+            raise
+
+    def _launch(self) -> _Worker:
+        worker = _Worker(self._memory_bytes)
+        with self._wake:
+            self._children.add(worker)
+        return worker
+
+    def _await_start(self, workers: deque[_Worker], stop: threading.Event) -> None:
+        """Have a worker that is ready for its first chunk."""
         for _ in range(START_ATTEMPTS):
-            worker = _Worker(self._memory_bytes)
-            with self._wake:
-                self._children.add(worker)
+            if not workers:
+                workers.append(self._launch())
+            if workers[0].started:
+                return
             try:
-                worker.receive(START_LIMIT_S)
-                return worker
+                workers[0].started = workers[0].receive(time.monotonic() + START_LIMIT_S) == "ready"
+                return
             except (TimeoutError, _WorkerDiedError):
-                self._end(worker)
-            if stop.is_set():
-                break
+                if stop.is_set():
+                    raise
+                self._end(workers.popleft())
         raise RuntimeError(
             "a reward worker does not start; what it said is on standard error. "
             f"Does `{sys.executable} -c 'import math_verify'` work?"
         )
 
-    def _end(self, worker: _Worker | None) -> None:
-        if worker is not None:
-            with self._wake:
-                self._children.discard(worker)
-            worker.kill()
+    def _end(self, worker: _Worker) -> None:
+        worker.end()
+        with self._wake:
+            self._children.discard(worker)
 
 
+_checkers: "weakref.WeakSet[Checker]" = weakref.WeakSet()
 _shared: Checker | None = None
 _shared_lock = threading.Lock()
 
 
 def shared_checker() -> Checker:
-    """Return the one pool of this process, made on first use (``CPPO_REWARD_WORKERS`` sets its size)."""
+    """Return the one pool of this process, made on first use; ``CPPO_REWARD_WORKERS`` sets its size."""
     global _shared  # noqa: PLW0603
     with _shared_lock:
         if _shared is None:
             workers = os.environ.get("CPPO_REWARD_WORKERS")
             _shared = Checker(int(workers) if workers else None)
         return _shared
+
+
+def _close_all() -> None:
+    for checker in list(_checkers):
+        checker.close()
+
+
+def _forget_all() -> None:
+    global _shared_lock  # noqa: PLW0603
+    _shared_lock = threading.Lock()
+    for checker in list(_checkers):
+        checker.forget()
+
+
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_forget_all)

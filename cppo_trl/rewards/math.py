@@ -12,19 +12,20 @@ Completion = str | list[dict[str, Any]]
 LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
-_METRICS = {
-    "reward/unparseable_gold": "unparseable_gold",
-    "reward/no_answer": "no_answer",
-    "reward/unparseable_answer": "unparseable_answer",
-    "reward/timeout": "timeout",
-    "reward/crash": "crash",
+_UNUSABLE_GOLD = ("unparseable_gold", "gold_timeout")
+_METRICS = {  # shares of the batch
+    "reward/unparseable_gold": _UNUSABLE_GOLD,
+    "reward/no_answer": ("no_answer",),
+    "reward/unparseable_answer": ("unparseable_answer",),
+    "reward/timeout": ("timeout", "gold_timeout"),
+    "reward/error": ("crash", "error"),
 }
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 _THINK_FORMAT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>(?!.*</?think>).*\S", re.DOTALL)
 
 
 def completion_text(completion: Completion) -> str:
-    """Return the text of a completion: a string, or the messages of a conversation, last one with content counting."""
+    """Return the text of a completion: a string, or the last message of a conversation that has a text."""
     if isinstance(completion, str):
         return completion
     contents = [message.get("content") for message in completion]
@@ -75,6 +76,19 @@ class AccuracyReward:
         _log(outcomes, log_extra, log_metric)
         return [self._reward(outcome) for outcome in outcomes]
 
+    async def asynchronous(
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[Any],
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """Grade a batch on the same pool without blocking the event loop; a coroutine method that TRL can be given."""
+        outcomes = await asyncio.to_thread(self.grade, completions, solution)
+        _log(outcomes, log_extra, log_metric)
+        return [self._reward(outcome) for outcome in outcomes]
+
     def grade(
         self,
         completions: Sequence[Completion],
@@ -95,50 +109,55 @@ class AccuracyReward:
             raise ValueError(
                 f"solution has {len(solution)} golds for {len(completions)} completions; give one for each"
             )
-        outcomes: list[Outcome | None] = []
-        pairs, places = [], []
+        outcomes: dict[int, Outcome] = {}
+        pairs: dict[int, tuple[str, str]] = {}
         for place, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
-            gold_text = extract_gold(gold)
-            answer = extract_answer(completion_text(completion), self.sources)
-            outcomes.append(_without_parsing(gold_text, answer))
-            if outcomes[-1] is None:
-                pairs.append((gold_text, answer))
-                places.append(place)
-            elif progress:
-                progress(1)
-        for place, outcome in zip(places, shared_checker().check(pairs, self.time_limit, progress), strict=True):
-            outcomes[place] = outcome
-        return outcomes
+            known = _compare_plainly(extract_gold(gold), extract_answer(completion_text(completion), self.sources))
+            if isinstance(known, Outcome):
+                outcomes[place] = known
+            else:
+                pairs[place] = known
+        if progress:
+            progress(len(outcomes))
+        if pairs:
+            checked = shared_checker().check(list(pairs.values()), self.time_limit, progress)
+            outcomes.update(zip(pairs, checked, strict=True))
+        return [outcomes[place] for place in range(len(completions))]
+
+    @staticmethod
+    def usable(outcome: Outcome) -> bool:
+        """Tell whether the gold could be read, so that the reward is not None."""
+        return outcome.why not in _UNUSABLE_GOLD
 
     def _reward(self, outcome: Outcome) -> float | None:
-        if outcome.why == "unparseable_gold":
+        if not self.usable(outcome):
             return None
-        if outcome.why == "different":
-            return self.partial_credit
-        return float(outcome.why == "equal")
+        return {"equal": 1.0, "different": self.partial_credit}.get(outcome.why, 0.0)
 
 
-def _without_parsing(gold: str | None, answer: str | None) -> Outcome | None:
-    """Return the outcome where it needs no mathematics: something is missing, or both are plain integers."""
+def _compare_plainly(gold: str | None, answer: str | None) -> Outcome | tuple[str, str]:
+    """Return the outcome where it needs no mathematics (one is missing, both are plain integers), else the pair."""
     if gold is None:
-        return Outcome("unparseable_gold", None, answer)
+        return Outcome("unparseable_gold")
     if answer is None:
-        return Outcome("no_answer", gold, None)
+        return Outcome("no_answer")
     if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
         return Outcome("equal" if gold == answer else "different", gold, answer)
-    return None
+    return gold, answer
 
 
 def _log(outcomes: Sequence[Outcome], log_extra: LogExtra | None, log_metric: LogMetric | None) -> None:
     whys = [outcome.why for outcome in outcomes]
+    kinds = [why.partition(":")[0] for why in whys]
     if log_extra is not None:
         log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
         log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
-        log_extra("verdict", ["right" if why == "equal" else "wrong" for why in whys])
+        verdicts = {"equal": "right", **dict.fromkeys(_UNUSABLE_GOLD, "skipped")}
+        log_extra("verdict", [verdicts.get(why, "wrong") for why in whys])
         log_extra("why", ["" if why == "equal" else why for why in whys])
     if log_metric is not None and whys:
-        for name, why in _METRICS.items():
-            log_metric(name, whys.count(why) / len(whys))
+        for name, counted in _METRICS.items():
+            log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
 
 
 _default = AccuracyReward()
@@ -162,10 +181,17 @@ async def accuracy_reward_async(
     log_metric: LogMetric | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    """Grade on the same pool without blocking the event loop."""
-    return await asyncio.to_thread(_default, completions, solution, log_extra, log_metric, **kwargs)
+    """Grade like :func:`accuracy_reward`, on the same pool, without blocking the event loop."""
+    return await _default.asynchronous(completions, solution, log_extra, log_metric, **kwargs)
 
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
     return [float(_THINK_FORMAT.fullmatch(completion_text(c).rstrip()) is not None) for c in completions]
+
+
+def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
+    """Return DAPO's length penalty, which is TRL's own; lengths in tokens. Imported on use, for it brings torch."""
+    from trl.rewards import get_soft_overlong_punishment  # noqa: PLC0415
+
+    return get_soft_overlong_punishment(max_completion_len, soft_punish_cache)

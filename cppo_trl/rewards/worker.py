@@ -8,12 +8,17 @@ any moment. Three things end it without its parent's help: end of file on its so
 import json
 import logging
 import os
+import re
 import resource
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
+import sympy
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
@@ -30,26 +35,83 @@ _LATEX = [
 ]
 
 
+_FLAT_SET = re.compile(r"\\\{[^()\[\]{}]*\\\}")
+_FLAT_TUPLE = re.compile(r"[(\[][^()\[\]{}]*[)\]]")
+_WORTH = {"%": sympy.Rational(1, 100), "degree": sympy.pi / 180}
+
+
+@dataclass(frozen=True)
+class _Parsed:
+    latex: str
+    unit: str | None
+    found: list[Any]  # math-verify's: the expression and its text; empty if there is no expression
+    shown: str | None
+
+
 @lru_cache(maxsize=4096)
-def _parsed(text: str) -> tuple[list[Any], str | None, str | None]:
-    """Parse normalised text: math-verify's list (empty if there is no expression), its unit, and how it reads."""
+def _parsed(text: str) -> _Parsed:
     latex, unit = normalise(text)
     found = parse(f"${latex}$", _LATEX, parsing_timeout=None)
     if not found or isinstance(found[0], str):
-        return [], unit, None
-    return found, unit, str(found[0])[:SHOWN_CHARS]
+        return _Parsed(latex, unit, [], None)
+    if isinstance(found[0], sympy.Expr):  # (1+i)^2 was not 2i: the parser takes i for a name
+        found[0] = found[0].subs({name: sympy.I for name in found[0].free_symbols if name.name == "i"})
+    return _Parsed(latex, unit, found, str(found[0])[:SHOWN_CHARS])
 
 
-def compare(gold: str, answer: str) -> tuple[str, str | None, str | None]:
-    """Compare two answers; returns why (``"equal"`` if they are), the parsed gold and the parsed answer."""
-    gold_expr, gold_unit, gold_shown = _parsed(gold)
-    if not gold_expr:
+def compare(
+    gold_text: str, answer_text: str, gold_read: Callable[[], object] = bool
+) -> tuple[str, str | None, str | None]:
+    """Compare two answers.
+
+    Args:
+        gold_text: As from ``extract_gold``.
+        answer_text: As from ``extract_answer``.
+        gold_read: Called once the gold is parsed and evaluated.
+
+    Returns:
+        Why (``"equal"`` if they are), the parsed gold and the parsed answer.
+    """
+    try:
+        gold = _parsed(gold_text)
+        if gold.found and isinstance(gold.found[0], sympy.Expr):
+            gold.found[0].doit()
+    except (ValueError, ArithmeticError, RecursionError, TypeError):
+        gold = _Parsed("", None, [], None)
+    gold_read()
+    if not gold.found:
         return "unparseable_gold", None, None
-    answer_expr, answer_unit, answer_shown = _parsed(answer)
-    if not answer_expr:
-        return "unparseable_answer", gold_shown, None
-    same = not units_differ(gold_unit, answer_unit) and verify(gold_expr, answer_expr, timeout_seconds=None)
-    return "equal" if same else "different", gold_shown, answer_shown
+    answer = _parsed(answer_text)
+    if not answer.found:
+        return "unparseable_answer", gold.shown, None
+    return "equal" if _equal(gold, answer) else "different", gold.shown, answer.shown
+
+
+def _equal(gold: _Parsed, answer: _Parsed) -> bool:
+    if units_differ(gold.unit, answer.unit):
+        return False
+    if _FLAT_SET.fullmatch(gold.latex) and _FLAT_TUPLE.fullmatch(answer.latex):
+        return False  # \{1,2\} was (1,2) and (2,1)
+    if _FLAT_TUPLE.fullmatch(gold.latex) and _FLAT_SET.fullmatch(answer.latex):
+        return False
+    golds, answers = gold.found[:1], answer.found[:1]
+    for mine, other, values in ((gold, answer, golds), (answer, gold, answers)):
+        if mine.unit in _WORTH and other.unit is None and isinstance(values[0], sympy.Expr):
+            values.append(values[0] * _WORTH[mine.unit])  # 33.3\% against 33.3 and 0.333
+    for one, other in product(golds, answers):
+        if verify(one, other, allow_set_relation_comp=True, timeout_seconds=None):
+            digits = _leading_zeros(one, other)
+            # 0.0000001 was 0.0000002, both 0 to six decimals
+            return digits < 3 or verify(
+                one, other, float_rounding=digits + 4, numeric_precision=digits + 15, timeout_seconds=None
+            )
+    return False
+
+
+def _leading_zeros(*values: Any) -> int:
+    """Return how many zeros follow the decimal point of the smallest number that is not zero."""
+    sizes = [abs(value.evalf(5)) for value in values if isinstance(value, sympy.Expr) and value.is_number]
+    return max([0, *(int(-sympy.log(size, 10).evalf(5)) for size in sizes if size.is_real and 0 < size < 1)])
 
 
 def _bound_this_process(memory_bytes: int) -> None:
@@ -75,17 +137,20 @@ def serve(parent_pid: int, memory_bytes: int) -> None:
     for standard in (1, 2):  # nothing a library prints may reach the socket or the trainer's screen
         os.dup2(quiet, standard)
     parse("$1$", _LATEX, parsing_timeout=None)  # builds the grammar's tables before the first deadline runs
-    channel.write(b'"ready"\n')
-    channel.flush()
+
+    def say(message: Any) -> None:
+        channel.write(json.dumps(message).encode() + b"\n")
+        channel.flush()
+
+    say("ready")
     for line in sys.stdin.buffer:
         for gold, answer, limit in json.loads(line):
             signal.setitimer(signal.ITIMER_REAL, limit + GRACE_S)
             try:
-                result = compare(gold, answer)
+                result = compare(gold, answer, lambda: say("gold_read"))
             except MemoryError:
                 os._exit(1)  # a heap this full is not worth keeping: the parent starts another
             except Exception as error:
                 result = ("error:" + type(error).__name__, None, None)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            channel.write(json.dumps(result).encode() + b"\n")
-            channel.flush()
+            say(result)
