@@ -4,16 +4,18 @@ python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed 1
 """
 
 import json
-import os
 import shlex
 import sys
 import time
+import warnings
 from dataclasses import astuple, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import TrlParser
@@ -68,7 +70,14 @@ def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
     else:
         print(f"Warm start: supervised training on demonstrations with {task.error_rate:.0%} wrong steps")
         unfinished = model.with_suffix(".tmp")
-        arithmetic.warm_start(unfinished, terms=task.terms, error_rate=task.error_rate, seed=seed, exclude=held_out)
+        arithmetic.warm_start(
+            unfinished,
+            terms=task.terms,
+            error_rate=task.error_rate,
+            seed=seed,
+            exclude=held_out,
+            steps=task.warm_start_steps,
+        )
         unfinished.rename(model)
     return data, model
 
@@ -83,6 +92,9 @@ def keep_earlier_run(output_dir: Path) -> None:
 
 def main() -> None:
     """Run everything and print the table."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its bars
     parser = TrlParser((TaskArguments, *ARGUMENT_TYPES))
     task, script, config, model_args, mixture = parser.parse_args_and_config()
     output_dir = Path(config.output_dir)
@@ -167,5 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
     main()
