@@ -4,6 +4,7 @@ from cppo_trl.rewards.answers import extract_answer, extract_gold
 from cppo_trl.rewards.checker import Checker, Outcome
 from cppo_trl.rewards.math import (
     AccuracyReward,
+    AsyncAccuracyReward,
     accuracy_reward,
     accuracy_reward_async,
     format_reward,
@@ -12,6 +13,7 @@ from cppo_trl.rewards.math import (
 
 __all__ = [
     "AccuracyReward",
+    "AsyncAccuracyReward",
     "Checker",
     "Outcome",
     "accuracy_reward",

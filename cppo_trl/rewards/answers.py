@@ -92,41 +92,39 @@ _SYMBOLS = str.maketrans(
 )  # fmt: skip
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _STYLED = r"\\(?:text(?:bf|rm|it|normal)?|math(?:rm|bf|it|sf)|mbox|boldsymbol|bm|operatorname)\s*"
-_RULES: list[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]]] = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # The case that made a rule necessary stands behind it: what was read wrongly, and as what.
-        (r"\\(?:left|right)\.|\\(?:displaystyle|textstyle|left|right)(?![a-zA-Z])\s*", ""),  # \displaystyle 5
-        (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),  # \(5\) inside a box
-        (
-            r"(?<![_^])(?<!\\frac)(\d)(?:\\[,!;: ]|\{,\}|,\\!|\s)(?=\d{3}(?!\d))",
-            r"\1,",
-        ),  # 1\,234 was 235, 100 000 was 0
-        (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
-        (r"^" + _STYLED + r"\{\s*(" + _NUMBER + r"(?:\s*/\s*\d+)?)\s*\}$", r"\1"),  # \text{5} was a word
-        (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),  # was a symbol of that name
-        (r"\\lbrace(?![a-zA-Z])", r"\\{"),  # \lbrace 1,2 \rbrace was no mathematics
-        (r"\\rbrace(?![a-zA-Z])", r"\\}"),
-        (r"\\langle(?![a-zA-Z])", "("),  # \langle 1,2 \rangle was no mathematics
-        (r"\\rangle(?![a-zA-Z])", ")"),
-        (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),  # \mathbb R was no mathematics
-        (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # 2pi was 2*p*i
-        (r"(?<![\\a-zA-Z])(?:infinity|infty)(?![a-zA-Z])", r"\\infty "),  # infinity was a word
-        (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(13) was no mathematics
-        (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),  # \sqrt 13 was 3
-        (r"\*\*", "^"),  # 2**10 was no mathematics
-        (r"\^\s*(-\d+)", r"^{\1}"),  # 10^-3 was no mathematics
-        (r"(\d)\s*[xX*]\s*10\s*\^", r"\1\\times 10^"),  # 1.5x10^3 had a variable x
-        (r"^(" + _NUMBER + r")[eE]([-+]?\d+)$", r"\1\\times 10^{\2}"),  # 6.02e23 was 6.02*E*23
-        # 60.2 \times 10^{22} was not 6.02 \times 10^{23}: floating point numbers are compared to six decimals
-        (r"(\d+)\.(\d+)(?=\s*\\(?:times|cdot)\s*10\s*\^)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
-        (r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4 was 1
-        (r"(?<![_^]\d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ","),  # 2 3 was 5
-        (r"^([-+]?\d+)_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 101_2 was 101, and so was 101_3
-        (r"(?<=\d)\.$", ""),  # 5. was no mathematics
-        (r"^\\approx\s*", ""),  # \approx 3.14 was no mathematics
-    ]
+_REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # The case that made a rule necessary stands behind it: what was read wrongly, and as what.
+    (r"\\(?:left|right)\.|\\(?:displaystyle|textstyle|left|right)(?![a-zA-Z])\s*", ""),  # \displaystyle 5
+    (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),  # \(5\) inside a box
+    (
+        r"(?<![_^])(?<!\\frac)(\d)(?:\\[,!;: ]|\{,\}|,\\!|\s)(?=\d{3}(?!\d))",
+        r"\1,",
+    ),  # 1\,234 was 235, 100 000 was 0
+    (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
+    (r"^" + _STYLED + r"\{\s*(" + _NUMBER + r"(?:\s*/\s*\d+)?)\s*\}$", r"\1"),  # \text{5} was a word
+    (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),  # was a symbol of that name
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"),  # \lbrace 1,2 \rbrace was no mathematics
+    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"\\langle(?![a-zA-Z])", "("),  # \langle 1,2 \rangle was no mathematics
+    (r"\\rangle(?![a-zA-Z])", ")"),
+    (r"\\mathbb\s*([A-Z])", r"\\mathbb{\1}"),  # \mathbb R was no mathematics
+    (r"(?<![\\a-zA-Z])(pi|sqrt|sin|cos|tan|ln|log)(?![a-zA-Z])", r"\\\1 "),  # 2pi was 2*p*i
+    (r"(?<![\\a-zA-Z])(?:infinity|infty)(?![a-zA-Z])", r"\\infty "),  # infinity was a word
+    (r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),  # \sqrt(13) was no mathematics
+    (r"\\sqrt\s*(\d+)", r"\\sqrt{\1}"),  # \sqrt 13 was 3
+    (r"\*\*", "^"),  # 2**10 was no mathematics
+    (r"\^\s*(-\d+)", r"^{\1}"),  # 10^-3 was no mathematics
+    (r"(\d)\s*[xX*]\s*10\s*\^", r"\1\\times 10^"),  # 1.5x10^3 had a variable x
+    (r"^(" + _NUMBER + r")[eE]([-+]?\d+)$", r"\1\\times 10^{\2}"),  # 6.02e23 was 6.02*E*23
+    # 60.2 \times 10^{22} was not 6.02 \times 10^{23}: floating point numbers are compared to six decimals
+    (r"(\d+)\.(\d+)(?=\s*\\(?:times|cdot)\s*10\s*\^)", lambda m: rf"\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}"),
+    (r"^([-+]?\d+)\s+(\d+)\s*/\s*(\d+)$", r"\1\\frac{\2}{\3}"),  # 1 3/4 was 1
+    (r"(?<![_^]\d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ","),  # 2 3 was 5
+    (r"^([-+]?\d+)_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 101_2 was 101, and so was 101_3
+    (r"(?<=\d)\.$", ""),  # 5. was no mathematics
+    (r"^\\approx\s*", ""),  # \approx 3.14 was no mathematics
 ]
+_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\(?:overline|bar)\s*\{?(\d+)\}?")
 _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")

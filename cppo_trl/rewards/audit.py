@@ -14,10 +14,9 @@ PROMPT_COLUMNS = ("prompt", "question", "problem")
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _AMBIGUOUS = {
-    "several boxes, of which the last counts": lambda gold: len(set(_BOX.findall(gold))) > 1,
-    "a point or an open interval": lambda gold: re.fullmatch(r"\(-?[\d.]+,\s*-?[\d.]+\)", extract_gold(gold) or ""),
-    "a number or a list": lambda gold: re.fullmatch(r"[1-9]\d\d,\d{3}", extract_gold(gold) or ""),
-    "a ratio or a time": lambda gold: re.fullmatch(r"\d{1,2}:\d{2}", extract_gold(gold) or ""),
+    "a point or an open interval": r"\(-?[\d.]+,\s*-?[\d.]+\)",
+    "a number or a list": r"[1-9]\d\d,\d{3}",
+    "a ratio or a time": r"\d{1,2}:\d{2}",
 }
 
 
@@ -58,15 +57,19 @@ def audit_golds(
     audit = Audit(rows=len(golds))
     found = audit.findings
     reward = AccuracyReward()
-    outcomes = reward.grade([rf"\boxed{{{extract_gold(gold)}}}" for gold in golds], golds, progress)
-    for row, (gold, outcome) in enumerate(zip(golds, outcomes, strict=True)):
-        if reward.usable(outcome):
-            if outcome.why != "equal":
-                found["unequal"].append((row, f"{outcome.why}: {gold!r}"))
-            reasons = [reason for reason, applies in _AMBIGUOUS.items() if applies(str(gold))]
-            found["ambiguous"] += [(row, f"{reason}: {gold!r}") for reason in reasons]
-        else:
-            found["unusable"].append((row, f"{outcome.why}: {gold!r}"))
+    texts = [extract_gold(gold) or "" for gold in golds]
+    boxed = [rf"\boxed{{{text}}}" for text in texts]
+    outcomes = reward.grade(boxed, golds, progress)
+    for row, (text, outcome) in enumerate(zip(texts, outcomes, strict=True)):
+        if reward.reward(outcome) is None:
+            found["unusable"].append((row, f"{outcome.why}: {golds[row]!r}"))
+            continue
+        if outcome.why != "equal":
+            found["unequal"].append((row, f"{outcome.why}: {text}"))
+        reasons = [reason for reason, pattern in _AMBIGUOUS.items() if re.fullmatch(pattern, text)]
+        if len(set(_BOX.findall(str(golds[row])))) > 1:
+            reasons.append("several boxes, of which the last counts")
+        found["ambiguous"] += [(row, f"{reason}: {text}") for reason in reasons]
     first: dict[str, int] = {}
     again: list[tuple[int, int]] = []
     for row, prompt in enumerate(prompts or ()):
@@ -75,10 +78,10 @@ def audit_golds(
             again.append((row, first[key]))
             found["duplicates"].append((row, f"as row {first[key]}: {key!r}"))
         first.setdefault(key, row)
-    texts = [rf"\boxed{{{extract_gold(golds[row])}}}" for row, _ in again]
-    for (row, before), outcome in zip(again, reward.grade(texts, [golds[row] for _, row in again]), strict=True):
-        if reward.usable(outcome) and outcome.why != "equal":
-            found["conflicts"].append((row, f"{golds[row]!r}, but {golds[before]!r} in row {before}"))
+    outcomes = reward.grade([boxed[row] for row, _ in again], [golds[before] for _, before in again])
+    for (row, before), outcome in zip(again, outcomes, strict=True):
+        if reward.reward(outcome) is not None and outcome.why != "equal":
+            found["conflicts"].append((row, f"{texts[row]}, but {texts[before]} in row {before}"))
     return audit
 
 
@@ -114,7 +117,6 @@ def _column(rows: Any, name: str | None, guesses: Sequence[str], what: str, need
                 values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
             return values
     if needed:
-        raise ValueError(
-            f"no {what} column {name or ' or '.join(guesses)} among {', '.join(rows.column_names)}; set --{what}-column"
-        )
+        wanted = name or " or ".join(guesses)
+        raise ValueError(f"no column {wanted} among {', '.join(rows.column_names)}; set --{what}-column")
     return None

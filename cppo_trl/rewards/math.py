@@ -21,7 +21,7 @@ _METRICS = {  # shares of the batch
     "reward/error": ("crash", "error"),
 }
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
-_THINK_FORMAT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>(?!.*</?think>).*\S", re.DOTALL)
+_THINK_FORMAT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>(?!.*</?think>).*\S\s*", re.DOTALL)
 
 
 def completion_text(completion: Completion) -> str:
@@ -35,22 +35,24 @@ def completion_text(completion: Completion) -> str:
 class AccuracyReward:
     r"""Reward 1.0 for a completion whose final answer equals the gold, 0.0 otherwise, None for an unusable gold.
 
+    Instances are picklable and share one pool of worker processes.
+
     Args:
         sources: Where an answer may stand: ``"boxed"``, ``"answer_line"`` (a last line ``Answer: 42``) or both.
         time_limit: Seconds one comparison may take; past it the answer counts as wrong.
         partial_credit: Reward of a wrong answer that could be read as mathematics. Default 0.0: off.
+        name: Name under which a trainer logs the reward.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    __name__ = "accuracy_reward"
-
     def __init__(
         self,
-        sources: Collection[str] = SOURCES,
+        sources: str | Collection[str] = SOURCES,
         time_limit: float = 5.0,
         partial_credit: float = 0.0,
+        name: str = "accuracy_reward",
     ):
         sources = (sources,) if isinstance(sources, str) else tuple(sources)
         if not sources or not set(sources) <= set(SOURCES):
@@ -62,6 +64,7 @@ class AccuracyReward:
         self.sources = sources
         self.time_limit = time_limit
         self.partial_credit = partial_credit
+        self.__name__ = name
 
     def __call__(
         self,
@@ -71,23 +74,21 @@ class AccuracyReward:
         log_metric: LogMetric | None = None,
         **kwargs: Any,
     ) -> list[float | None]:
-        """Grade a batch; the other columns that a trainer passes are not used."""
-        outcomes = self.grade(completions, solution)
-        _log(outcomes, log_extra, log_metric)
-        return [self._reward(outcome) for outcome in outcomes]
+        """Grade a batch.
 
-    async def asynchronous(
-        self,
-        completions: Sequence[Completion],
-        solution: Sequence[Any],
-        log_extra: LogExtra | None = None,
-        log_metric: LogMetric | None = None,
-        **kwargs: Any,
-    ) -> list[float | None]:
-        """Grade a batch on the same pool without blocking the event loop; a coroutine method that TRL can be given."""
-        outcomes = await asyncio.to_thread(self.grade, completions, solution)
-        _log(outcomes, log_extra, log_metric)
-        return [self._reward(outcome) for outcome in outcomes]
+        Args:
+            completions: Strings or lists of messages.
+            solution: The golds, one for each completion.
+            log_extra: Given the columns ``gold_parsed``, ``answer_parsed``, ``verdict`` and ``why``.
+            log_metric: Given the shares of the batch ``reward/unparseable_gold``, ``reward/no_answer``,
+                ``reward/unparseable_answer``, ``reward/timeout`` and ``reward/error``.
+            **kwargs: What else a trainer passes; not used.
+
+        Raises:
+            ValueError: If there are not as many golds as completions.
+            RuntimeError: If no worker process can be started.
+        """
+        return self._rewards(self.grade(completions, solution), log_extra, log_metric)
 
     def grade(
         self,
@@ -95,7 +96,7 @@ class AccuracyReward:
         solution: Sequence[Any],
         progress: Callable[[int], object] | None = None,
     ) -> list[Outcome]:
-        """Compare each completion with its gold and say why it failed.
+        """Compare each completion with its gold, for use without a trainer.
 
         Args:
             completions: Strings or lists of messages.
@@ -104,6 +105,7 @@ class AccuracyReward:
 
         Raises:
             ValueError: If there are not as many golds as completions.
+            RuntimeError: If no worker process can be started.
         """
         if len(completions) != len(solution):
             raise ValueError(
@@ -124,15 +126,57 @@ class AccuracyReward:
             outcomes.update(zip(pairs, checked, strict=True))
         return [outcomes[place] for place in range(len(completions))]
 
-    @staticmethod
-    def usable(outcome: Outcome) -> bool:
-        """Tell whether the gold could be read, so that the reward is not None."""
-        return outcome.why not in _UNUSABLE_GOLD
-
-    def _reward(self, outcome: Outcome) -> float | None:
-        if not self.usable(outcome):
+    def reward(self, outcome: Outcome) -> float | None:
+        """Return the reward for an outcome; None if the gold could not be read."""
+        if outcome.why in _UNUSABLE_GOLD:
             return None
         return {"equal": 1.0, "different": self.partial_credit}.get(outcome.why, 0.0)
+
+    def _rewards(
+        self, outcomes: Sequence[Outcome], log_extra: LogExtra | None, log_metric: LogMetric | None
+    ) -> list[float | None]:
+        if log_extra is not None:
+            verdicts = {"equal": "right", **dict.fromkeys(_UNUSABLE_GOLD, "skipped")}
+            log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
+            log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
+            log_extra("verdict", [verdicts.get(outcome.why, "wrong") for outcome in outcomes])
+            log_extra("why", [outcome.why for outcome in outcomes])
+        if log_metric is not None and outcomes:
+            kinds = [outcome.why.partition(":")[0] for outcome in outcomes]
+            for name, counted in _METRICS.items():
+                log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
+        return [self.reward(outcome) for outcome in outcomes]
+
+
+class AsyncAccuracyReward(AccuracyReward):
+    """The same as a coroutine: other rewards and the event loop go on while the pool works."""
+
+    async def __call__(  # type: ignore[override]
+        self,
+        completions: Sequence[Completion],
+        solution: Sequence[Any],
+        log_extra: LogExtra | None = None,
+        log_metric: LogMetric | None = None,
+        **kwargs: Any,
+    ) -> list[float | None]:
+        """Grade a batch; as :meth:`AccuracyReward.__call__`."""
+        return self._rewards(await asyncio.to_thread(self.grade, completions, solution), log_extra, log_metric)
+
+
+accuracy_reward = AccuracyReward()
+accuracy_reward_async = AsyncAccuracyReward()
+
+
+def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
+    """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
+    return [float(_THINK_FORMAT.fullmatch(completion_text(completion)) is not None) for completion in completions]
+
+
+def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
+    """Return DAPO's length penalty, which is TRL's own; lengths in tokens. Imported on use, for it brings torch."""
+    from trl.rewards import get_soft_overlong_punishment  # noqa: PLC0415
+
+    return get_soft_overlong_punishment(max_completion_len, soft_punish_cache)
 
 
 def _compare_plainly(gold: str | None, answer: str | None) -> Outcome | tuple[str, str]:
@@ -144,54 +188,3 @@ def _compare_plainly(gold: str | None, answer: str | None) -> Outcome | tuple[st
     if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
         return Outcome("equal" if gold == answer else "different", gold, answer)
     return gold, answer
-
-
-def _log(outcomes: Sequence[Outcome], log_extra: LogExtra | None, log_metric: LogMetric | None) -> None:
-    whys = [outcome.why for outcome in outcomes]
-    kinds = [why.partition(":")[0] for why in whys]
-    if log_extra is not None:
-        log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
-        log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
-        verdicts = {"equal": "right", **dict.fromkeys(_UNUSABLE_GOLD, "skipped")}
-        log_extra("verdict", [verdicts.get(why, "wrong") for why in whys])
-        log_extra("why", ["" if why == "equal" else why for why in whys])
-    if log_metric is not None and whys:
-        for name, counted in _METRICS.items():
-            log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
-
-
-_default = AccuracyReward()
-
-
-def accuracy_reward(
-    completions: Sequence[Completion],
-    solution: Sequence[Any],
-    log_extra: LogExtra | None = None,
-    log_metric: LogMetric | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    """Grade with the default :class:`AccuracyReward`."""
-    return _default(completions, solution, log_extra, log_metric, **kwargs)
-
-
-async def accuracy_reward_async(
-    completions: Sequence[Completion],
-    solution: Sequence[Any],
-    log_extra: LogExtra | None = None,
-    log_metric: LogMetric | None = None,
-    **kwargs: Any,
-) -> list[float | None]:
-    """Grade like :func:`accuracy_reward`, on the same pool, without blocking the event loop."""
-    return await _default.asynchronous(completions, solution, log_extra, log_metric, **kwargs)
-
-
-def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
-    """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
-    return [float(_THINK_FORMAT.fullmatch(completion_text(c).rstrip()) is not None) for c in completions]
-
-
-def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
-    """Return DAPO's length penalty, which is TRL's own; lengths in tokens. Imported on use, for it brings torch."""
-    from trl.rewards import get_soft_overlong_punishment  # noqa: PLC0415
-
-    return get_soft_overlong_punishment(max_completion_len, soft_punish_cache)
