@@ -5,7 +5,6 @@ text. Normalisation (:func:`normalise`) runs in the workers, under their time li
 mathematics stay math-verify's; each rule here names the case that made it necessary.
 """
 
-import math
 import numbers
 import re
 from collections.abc import Callable, Collection
@@ -51,7 +50,10 @@ def extract_gold(gold: Any) -> str | None:
             ``#### 42`` or holds its answer in a box or an ``Answer:`` line.
     """
     if isinstance(gold, numbers.Real) and not isinstance(gold, bool):
-        return None if math.isnan(gold) else str(gold)
+        try:
+            return str(gold) if gold == gold else None  # not for NaN
+        except ValueError:  # more digits than Python writes
+            return None
     if not isinstance(gold, str):
         return None
     if "####" in gold:
@@ -158,8 +160,8 @@ def normalise(text: str) -> tuple[str, str | None]:
     """
     text = " ".join(text.translate(_SYMBOLS).split()).strip("*_ ")
     spans = _DELIMITED.findall(text)
-    if len(spans) == 1 and re.search(r"[a-zA-Z]{2}", _DELIMITED.sub("", text)):
-        text = "".join(spans[0]).strip()  # "The total is $34$ dollars" in an Answer: line or a gold
+    if len(spans) == 1 and re.search(r"[a-zA-Z]{2}|^\W*$", _DELIMITED.sub("", text)):
+        text = "".join(spans[0]).strip()  # "The total is $34$ dollars" in an Answer: line or a gold; $34$ was money
     text, paid = _MONEY.subn("", text)
     if not text.endswith("..."):
         text = text.rstrip(" .,;")

@@ -2,13 +2,13 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from cppo_trl.rewards.answers import SOURCES, extract_answer, extract_gold
 from cppo_trl.rewards.checker import Outcome, shared_checker
 
-Completion = str | list[dict[str, Any]]
+Completion = str | Sequence[Mapping[str, Any]] | None
 LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
@@ -21,15 +21,19 @@ _METRICS = {  # shares of the batch
     "reward/error": ("crash", "error"),
 }
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
-_THINK_FORMAT = re.compile(r"\s*<think>(?:(?!<think>).)*?</think>(?!.*</?think>).*\S\s*", re.DOTALL)
 
 
 def completion_text(completion: Completion) -> str:
     """Return the text of a completion: a string, or the last message of a conversation that has a text."""
     if isinstance(completion, str):
         return completion
-    contents = [message.get("content") for message in completion]
-    return next((content for content in reversed(contents) if isinstance(content, str)), "")
+    for message in reversed(completion or []):
+        content = message.get("content")
+        if isinstance(content, list):  # parts, as in multimodal conversations
+            content = "".join(part.get("text") or "" for part in content)
+        if content:
+            return content
+    return ""
 
 
 class AccuracyReward:
@@ -169,7 +173,15 @@ accuracy_reward_async = AsyncAccuracyReward()
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
-    return [float(_THINK_FORMAT.fullmatch(completion_text(completion)) is not None) for completion in completions]
+    texts = [completion_text(completion).strip() for completion in completions]
+    return [
+        float(
+            text.startswith("<think>")
+            and text.count("<think>") == text.count("</think>") == 1
+            and not text.endswith("</think>")
+        )
+        for text in texts
+    ]
 
 
 def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
