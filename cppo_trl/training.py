@@ -109,6 +109,7 @@ def train(
     trainer.create_model_card(dataset_name=script.dataset_name)
     if config.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.accelerator.wait_for_everyone()  # no process leaves while the first still writes
     return trainer
 
 

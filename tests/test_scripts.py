@@ -49,7 +49,7 @@ def test_train_from_a_recipe(task, processes):
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).decode([2]) == "0"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    assert "cppo/masked" in history[0]
+    assert "cppo/divergence/mean" in history[0]
     assert "2606.10968" in (out / "README.md").read_text()
 
 
