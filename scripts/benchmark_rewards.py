@@ -113,7 +113,7 @@ def main() -> None:
             f"({result['ratio_min']:.2f} to {result['ratio_max']:.2f}); same verdict {result['same_verdict']:.2%}"
         )
     print(
-        f"pool start {start:.2f} s; one stuck completion adds {extra:.2f} s at a limit of {accuracy_reward.time_limit} s"
+        f"pool start {start:.2f} s; one stuck completion adds {extra:.2f} s, limit {accuracy_reward.time_limit} s"
     )
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")

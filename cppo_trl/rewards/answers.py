@@ -51,7 +51,7 @@ def extract_gold(gold: Any) -> str | None:
     """
     if isinstance(gold, numbers.Real) and not isinstance(gold, bool):
         try:
-            return str(gold) if gold == gold else None  # not for NaN
+            return str(gold) if gold == gold else None  # noqa: PLR0124  (NaN is no answer)
         except ValueError:  # more digits than Python writes
             return None
     if not isinstance(gold, str):

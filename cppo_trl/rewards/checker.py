@@ -168,8 +168,8 @@ class Checker:
         Raises:
             RuntimeError: If no worker can be started.
         """
-        items = {pair: _Item(*pair, seconds_left=time_limit) for pair in pairs}
         counts = Counter(pairs)
+        items = {pair: _Item(*pair, seconds_left=time_limit) for pair in counts}
         if items:
             with self._wake:
                 self._start_threads()
