@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 CHUNK_ITEMS = 64
 CHUNK_CHARS = 1 << 16
 START_LIMIT_S = 120.0  # a cold file system may need this long to import sympy
-START_ATTEMPTS = 5
+START_ATTEMPTS = 20  # only for workers killed while they start; one that gives up is not tried again
 SEND_LIMIT_S = 10.0
 MAX_DEATHS = 3  # a comparison that loses its worker is tried again, as the worker may have been killed from outside
 _BOOT = (
@@ -314,10 +314,13 @@ class Checker:
             try:
                 workers[0].started = workers[0].receive(time.monotonic() + START_LIMIT_S) == "ready"
                 return
-            except (TimeoutError, _WorkerDiedError):
+            except (TimeoutError, _WorkerDiedError) as failure:
                 if stop.is_set():
                     raise
-                self._end(workers.popleft())
+                worker = workers.popleft()
+                self._end(worker)
+                if isinstance(failure, TimeoutError) or worker.process.returncode > 0:
+                    break
         raise RuntimeError(
             "a reward worker does not start; what it said is on standard error. "
             f"Does `{sys.executable} -c 'import math_verify'` work?"

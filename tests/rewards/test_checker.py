@@ -373,7 +373,7 @@ def test_soak_with_workers_killed_at_random():
         def kill_now_and_then():
             nonlocal kills
             killer = random.Random(1)
-            while not done.wait(killer.uniform(0.2, 1.2)):
+            while not done.wait(killer.uniform(0.5, 2.0)):
                 pids = sorted(worker_pids(checker))
                 if pids:
                     os.kill(killer.choice(pids), signal.SIGKILL)

@@ -109,19 +109,19 @@ def test_the_rest_of_a_batch_is_answered_as_usual():
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_one_stuck_completion_adds_at_most_one_time_limit(workers):
-    pairs = [(f"{i}/7", f"\\frac{{{2 * i}}}{{14}}") for i in range(1, 1500)]
+    pairs = [(f"{i}/7", f"\\frac{{{2 * i}}}{{14}}") for i in range(1, 801)]
     with Checker(workers=workers) as checker:
         checker.check([("1/2", "0.5"), ("1/3", "0.5")])
         began = time.monotonic()
         outcomes = checker.check(pairs, time_limit=3.0)
         usual = time.monotonic() - began
         assert {outcome.why for outcome in outcomes} == {"equal"}
-        stuck = [(f"{i}/11", f"\\frac{{{2 * i}}}{{22}}") for i in range(1, 1500)]
-        stuck[700] = ("1/7", "9^{9^{9}}")
+        stuck = [(f"{i}/11", f"\\frac{{{2 * i}}}{{22}}") for i in range(1, 801)]
+        stuck[400] = ("1/7", "9^{9^{9}}")
         began = time.monotonic()
         outcomes = checker.check(stuck, time_limit=3.0)
         took = time.monotonic() - began
-    assert [outcome.why for outcome in outcomes] == ["equal"] * 700 + ["timeout"] + ["equal"] * 798
+    assert [outcome.why for outcome in outcomes] == ["equal"] * 400 + ["timeout"] + ["equal"] * 399
     assert took < usual + 3.0 + 0.5 + 0.5 * usual  # the second term is the noise of a shared machine
 
 
@@ -149,7 +149,7 @@ def test_garbage_never_raises(completion, gold):
 
 PIECES = st.sampled_from(
     list(r"0123456789+-*/^_=<>()[]{}|!%$.,:;& xyiAe²")
-    + r"\frac \sqrt \{ \} \left \right \pi \text{ \boxed{ \cup \infty \\ \begin{pmatrix} \end{pmatrix} \circ cm".split()
+    + r"\frac \sqrt \{ \} \left \right \pi \text{ \boxed{ \cup \infty \\ \begin{pmatrix} \end{pmatrix} \circ".split()
 )
 
 
