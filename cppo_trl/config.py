@@ -8,7 +8,12 @@ from typing import Any
 from trl import GRPOConfig
 
 TRUST_REGIONS = ("cppo", "dppo")
-PAPER_THRESHOLDS = {"binary_tv": (0.15, 0.02), "binary_kl": (0.1, 0.002)}
+PAPER_THRESHOLDS = {
+    "binary_tv": (0.15, 0.02),
+    "binary_kl": (0.1, 0.002),
+    "topk_tv": (0.15, 0.02),
+    "topk_kl": (0.1, 0.002),
+}
 """(δ, δ_b) of the paper by estimator: Table 3 (dense models, Base) for TV, section 4.3 for KL."""
 
 _SAMPLING_KEYS = frozenset(
@@ -39,7 +44,9 @@ class CPPOConfig(GRPOConfig):
 
     Args:
         trust_region: ``"cppo"`` or ``"dppo"`` (one threshold for all positions, no budget).
-        cppo_divergence: ``"binary_tv"`` or ``"binary_kl"``, the estimator of D_t.
+        cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
+            runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy.
+        cppo_topk: K of the Top-K estimators, 20 in the paper and at most 20 with a colocated vLLM.
         cppo_delta: threshold δ > 0; None for the paper's value (0.15 TV, 0.1 KL); inf switches the rule off.
         cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
             switches the budget off.
@@ -58,8 +65,9 @@ class CPPOConfig(GRPOConfig):
     )
     cppo_divergence: str = field(
         default="binary_tv",
-        metadata={"help": "Estimator of D_t: 'binary_tv' or 'binary_kl'.", "choices": list(PAPER_THRESHOLDS)},
+        metadata={"help": "Estimator of D_t: binary or Top-K, TV or KL.", "choices": list(PAPER_THRESHOLDS)},
     )
+    cppo_topk: int = field(default=20, metadata={"help": "K of the Top-K estimators."})
     cppo_delta: float | None = field(
         default=None, metadata={"help": "Threshold; null: 0.15 for TV, 0.1 for KL; .inf: off."}
     )
@@ -106,6 +114,11 @@ class CPPOConfig(GRPOConfig):
         self._warn_doubtful()
 
     @property
+    def uses_topk(self) -> bool:
+        """Whether the estimator needs log-probs of more than the sampled token."""
+        return self.cppo_divergence.startswith("topk")
+
+    @property
     def uses_budget(self) -> bool:
         """Whether the rule has a prefix budget that can bind."""
         return self.trust_region == "cppo" and self.cppo_delta_b != math.inf
@@ -135,7 +148,8 @@ class CPPOConfig(GRPOConfig):
             off_policy = f"update 2 of {self.updates_per_rollout:g}"
         else:
             off_policy = "the first update that spans two rollouts"
-        rule = f"{self.trust_region}, {self.cppo_divergence}, delta {self.cppo_delta:g}"
+        estimator = self.cppo_divergence + (f" (K = {self.cppo_topk})" if self.uses_topk else "")
+        rule = f"{self.trust_region}, {estimator}, delta {self.cppo_delta:g}"
         if self.trust_region == "cppo":
             rule += f", w_min {self.cppo_w_min:g}, delta_b {self.cppo_delta_b:g}"
             if self.uses_budget and self.cppo_delta_b_quantile is not None:
@@ -163,6 +177,11 @@ class CPPOConfig(GRPOConfig):
             self.cppo_divergence,
             f"one of {estimators}",
         )
+        _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
+        if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
+            _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
+        if not self.uses_topk:
+            _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
         delta, delta_b = PAPER_THRESHOLDS[self.cppo_divergence]
         self.cppo_delta = delta if self.cppo_delta is None else self.cppo_delta
         if self.trust_region == "dppo":

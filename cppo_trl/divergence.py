@@ -62,3 +62,42 @@ def _log_rest(logp: Tensor) -> Tensor:
     small = torch.log1p(-logp.exp())
     large = (-torch.expm1(logp)).clamp(min=_MIN_REST).log()
     return torch.where(logp < -0.7, small, large)
+
+
+@torch.no_grad()
+def topk_tv(logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    """Top-K reduced total variation, DPPO Eq. (15): D_t = ½ Σ_{a in A''} |p^μ(a) - p^π(a)|, in [0, 1].
+
+    A'' holds the listed tokens (the top-K of μ and the sampled token) and one bucket "other" for the rest of the
+    vocabulary. Binary <= Top-K <= exact total variation, and exact where every token is listed.
+
+    Args:
+        logps: ``(B, T, K')`` log π at K' distinct token ids.
+        rollout_logps: ``(B, T, K')`` log μ at the same ids; -inf marks a padding slot, whose id is ignored.
+
+    Returns:
+        ``(B, T)`` fp32; 0 where a rollout log-prob is NaN.
+    """
+    mu, pi, mu_other, pi_other, unknown = _buckets(logps, rollout_logps)
+    return (0.5 * ((mu - pi).abs().sum(-1) + (mu_other - pi_other).abs())).clamp(max=1.0).masked_fill(unknown, 0.0)
+
+
+@torch.no_grad()
+def topk_kl(logps: Tensor, rollout_logps: Tensor) -> Tensor:
+    """Top-K reduced KL(μ‖π), DPPO Eq. (16): D_t = Σ_{a in A''} p^μ(a) log(p^μ(a) / p^π(a)), in nats, finite, >= 0.
+
+    Arguments and result as in `topk_tv`; the bucket "other" is floored at 1e-12.
+    """
+    mu, _, mu_other, pi_other, unknown = _buckets(logps, rollout_logps)
+    log_ratio = rollout_logps.float().clamp(min=_MIN_LOGP) - logps.float().clamp(min=_MIN_LOGP)
+    kl = (mu * log_ratio.masked_fill(mu == 0, 0.0)).sum(-1) + mu_other * (mu_other / pi_other).log()
+    return kl.clamp(min=0.0).masked_fill(unknown, 0.0)
+
+
+def _buckets(logps: Tensor, rollout_logps: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Probabilities of the listed tokens and of the rest under μ and π, and where μ is unknown."""
+    rollout = rollout_logps.float()
+    mu = rollout.exp()
+    pi = logps.float().exp().masked_fill(rollout == -torch.inf, 0.0)
+    mu_other, pi_other = ((1 - p.sum(-1)).clamp(min=_MIN_REST) for p in (mu, pi))
+    return mu, pi, mu_other, pi_other, rollout.isnan().any(-1)

@@ -23,6 +23,8 @@ _SUMS = (
     "negative",
     "budgeted",
     "delta_b",
+    "listed",
+    "topk_mass",
 )
 
 
@@ -35,6 +37,7 @@ def loss_record(
     keep: Tensor,
     over_threshold: Tensor,
     delta_b: Tensor | None,
+    topk_mass: Tensor | None = None,
 ) -> Tensor:
     """Sums and maxima of one loss call, without waiting for the device.
 
@@ -46,6 +49,7 @@ def loss_record(
         keep: ``(B, T)`` bool, the rule's mask.
         over_threshold: ``(B, T)`` bool, w_t D_t > δ.
         delta_b: ``(B, 1)`` the budget in force, or None where there is none.
+        topk_mass: ``(B, T)`` rollout probability of the tokens that a Top-K estimator lists, or None.
 
     Returns:
         A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, then max D_t and max ρ_t.
@@ -57,6 +61,7 @@ def loss_record(
     positive, negative = valid & (advantages > 0), valid & (advantages < 0)
     budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
     budget = budgeted if delta_b is None else delta_b.where(budgeted, 0.0)
+    listed = valid & (topk_mass is not None)
     sums = (
         valid,
         divergence,
@@ -70,6 +75,8 @@ def loss_record(
         negative,
         budgeted,
         budget,
+        listed,
+        listed if topk_mass is None else topk_mass.where(listed, 0.0),
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
     index = (octave * _BINS_PER_OCTAVE).long().clamp(max=_OCTAVES * _BINS_PER_OCTAVE - 1)
@@ -110,6 +117,7 @@ def summarize(record: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, f
         "masked_negative": (n["masked_negative"], n["negative"]),
         "toward_rollout": (active - away, active),
         "delta_b": (n["delta_b"], n["budgeted"]),
+        "topk_mass": (n["topk_mass"], n["listed"]),
         "divergence/mean": (n["divergence"], n["tokens"]),
         "ratio/mean": (n["ratio"], n["tokens"]),
     }

@@ -11,6 +11,7 @@ range set to infinity, that hook is all a trust region needs. Three methods are 
 import inspect
 import math
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
-from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv
+from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
 from cppo_trl.metrics import add_records, loss_record, summarize
 from cppo_trl.model_card import append_sections
+from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
 from cppo_trl.trust_region import cppo_mask, dppo_mask, position_weights, prefix_budget, ratio_cap_weight
 
-ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl}
+ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
 
 _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their parameters
     "_compute_loss": ["self", "model", "inputs"],
@@ -77,11 +79,25 @@ class CPPOTrainer(GRPOTrainer):
                 f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
         _check_hooks()
+        if args.uses_topk:
+            check_kernel()
+            for name in ("tools", "rollout_func", "environment_factory"):
+                if kwargs.get(name):
+                    raise ValueError(
+                        f"{name} with cppo_divergence={args.cppo_divergence!r}: the rollout's Top-K log-probs are not "
+                        "available there. Set cppo_divergence to binary_tv or binary_kl."
+                    )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = args.cppo_delta  # ... and its token mask the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
         self._rule_calls = 0
+        self._rollout_step = -1  # the update at which the last rollout was made
+        self._rollout_tap: tuple[Tensor, HeadTap] | None = None  # log-probs of the rollout pass, and their Top-K
+        self._loss_topk: tuple[Tensor, Tensor] | None = None  # log π and log μ of the listed tokens
+        self._engine_topk = (
+            EngineTopK(self.vllm_generation, args.cppo_topk) if args.uses_topk and args.use_vllm else None
+        )
         self.evaluation_table: str | None = None  # markdown for the model card
         self._record: Any = None  # metrics of the micro-batches since the last update
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -94,9 +110,20 @@ class CPPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        self._rollout_step, self._rollout_tap = self.state.global_step, None
         output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output:
             output["old_per_token_logps"] = output.pop("sampling_per_token_logps")
+        if self._engine_topk is not None:
+            output["topk_ids"], output["topk_logps"] = self._engine_topk.take(output["completion_ids"])
+        elif self._rollout_tap is not None:
+            logps, tap = self._rollout_tap
+            if output["old_per_token_logps"] is not logps:
+                raise RuntimeError("Top-K log-probs were read off another pass than the rollout policy's.")
+            output["topk_ids"], output["topk_logps"], self._rollout_tap = tap.ids, tap.logps, None
+        if "topk_ids" in output:  # the sampled token is listed apart
+            is_sampled = output["topk_ids"] == output["completion_ids"].unsqueeze(-1)
+            output["topk_logps"].masked_fill_(is_sampled, -math.inf)
         return output
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
@@ -114,17 +141,43 @@ class CPPOTrainer(GRPOTrainer):
         for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
             del self._metrics[mode][name]  # TRL's clip is off
         if mode == "eval" or self.accelerator.sync_gradients:
-            for name, value in summarize(self._record, self.accelerator.gather).items():
+            scalars = summarize(self._record, self.accelerator.gather)
+            if "cppo/divergence/mean" in scalars and self.state.global_step == self._rollout_step:
+                scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]  # the weights have not moved yet
+            for name, value in scalars.items():
                 self._metrics[mode][name].append(value)
             self._record = None
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._loss_inputs is not None:
-            rollout_logps = self._loss_inputs.get("old_per_token_logps")
-            self._loss_inputs["old_per_token_logps"] = anchor_logps(result[0], rollout_logps)
+        compute, batch = super()._get_per_token_logps_and_entropies, self._loss_inputs
+        call = inspect.signature(compute).bind(*args, **kwargs).arguments
+        if batch is None:  # a pass over a new rollout: the first is the rollout policy's, others the reference's
+            first = self._rollout_tap is None and not self.args.always_on_policy
+            if not (self.args.uses_topk and self._engine_topk is None and first):
+                return compute(*args, **kwargs)
+            with HeadTap(call, k=self.args.cppo_topk) as rollout_tap:
+                result = compute(*args, **kwargs)
+            self._rollout_tap = (result[0], rollout_tap)
+            return result
+        tap = HeadTap(call, ids=batch["topk_ids"]) if "topk_ids" in batch else None
+        with tap or nullcontext():
+            result = compute(*args, **kwargs)
+        self._loss_topk = (tap.logps, batch["topk_logps"]) if tap else None
+        batch["old_per_token_logps"] = anchor_logps(result[0], batch.get("old_per_token_logps"))
         return result
+
+    def _divergence(self, logps: Tensor, rollout_logps: Tensor) -> tuple[Tensor, Tensor | None]:
+        """D_t and, for Top-K, the rollout probability of the listed tokens; ``(B, T)`` each."""
+        estimator = ESTIMATORS[self.args.cppo_divergence]
+        if not self.args.uses_topk:
+            return estimator(logps, rollout_logps), None
+        if self._loss_topk is None:  # on the rollout policy, without an engine: nothing to compare
+            return torch.zeros_like(rollout_logps), None
+        others, rollout_others = self._loss_topk
+        listed = torch.cat([logps.detach().unsqueeze(-1), others], -1)
+        rollout_listed = torch.cat([rollout_logps.unsqueeze(-1), rollout_others], -1)
+        return estimator(listed, rollout_listed), rollout_listed.exp().sum(-1)
 
     @torch.no_grad()
     def get_off_policy_mask(  # a static method upstream
@@ -138,7 +191,7 @@ class CPPOTrainer(GRPOTrainer):
         """The weight of each token's surrogate -ρ_t Â_t under the trust region; ``(B, T)`` fp32, no gradient."""
         self._rule_calls += 1
         config = self.args
-        divergence = ESTIMATORS[config.cppo_divergence](per_token_logps, sampling_per_token_logps)
+        divergence, topk_mass = self._divergence(per_token_logps, sampling_per_token_logps)
         log_ratio = per_token_logps.float() - sampling_per_token_logps
         delta, w_min, delta_b = config.cppo_delta, 1.0, None
         if config.trust_region == "cppo":
@@ -149,15 +202,8 @@ class CPPOTrainer(GRPOTrainer):
         else:
             keep = dppo_mask(divergence, advantages, log_ratio, mask, delta=delta)
         over_threshold = position_weights(mask, w_min) * divergence > delta
-        record = loss_record(
-            divergence,
-            advantages,
-            log_ratio,
-            mask,
-            keep,
-            over_threshold,
-            delta_b if config.uses_budget else None,
-        )
+        in_force = delta_b if config.uses_budget else None
+        record = loss_record(divergence, advantages, log_ratio, mask, keep, over_threshold, in_force, topk_mass)
         self._record = add_records(self._record, record)
         weight = keep.float()
         return weight if config.cppo_ratio_cap is None else weight * ratio_cap_weight(log_ratio, config.cppo_ratio_cap)

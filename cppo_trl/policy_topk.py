@@ -1,0 +1,198 @@
+"""Top-K log-probs of a policy without logits, read off TRL's fused LM head while a forward pass runs.
+
+TRL scores the sampled tokens with a kernel that takes hidden states and the whole LM head (gathered, where FSDP2 or
+ZeRO-3 shard it) and never holds a (B, T, V) tensor. `HeadTap` stands in for that kernel during one pass, runs it, and
+takes its log-normaliser log Z from the autograd graph. What is left costs little:
+
+* log π at K' given tokens is h·W_a - log Z for K' rows of the head (`ids` given: the training side);
+* the K likeliest tokens take one more product with the head, in tiles, without a gradient (`k` given: the rollout
+  side, where transformers generates).
+
+Logits are rounded to the pass's compute dtype as TRL's own are, and scaled, soft-capped and divided by the
+temperature by the same numbers, which TRL hands to the kernel.
+"""
+
+import inspect
+from types import TracebackType
+from typing import Any
+
+import torch
+import trl.trainer.utils as host
+from torch import Tensor
+
+_TILE = 2**24  # elements of a temporary: 64 MiB in fp32
+_KERNEL = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
+_LOG_Z = 4  # place of log Z among the kernel's saved tensors
+
+
+class HeadTap:
+    """Context manager around one `_get_per_token_logps_and_entropies`: fills ``ids`` and ``logps``.
+
+    Args:
+        call: the arguments of that call by name (``input_ids``, ``attention_mask``, ``logits_to_keep`` = T,
+            ``batch_size``).
+        ids: ``(B, T, K')`` token ids to score; or
+        k: how many of the likeliest tokens to find.
+
+    Attributes:
+        ids: ``(B, T, K')`` int32.
+        logps: ``(B, T, K')`` fp32 log-probs; -inf where the completion is padded.
+
+    Raises:
+        RuntimeError: on leaving, if the pass did not go through TRL's kernel.
+    """
+
+    def __init__(self, call: dict[str, Any], *, ids: Tensor | None = None, k: int = 0) -> None:
+        length = call["logits_to_keep"]
+        self._valid = call["attention_mask"][:, -length:].bool()
+        rows, self._k = len(self._valid), k
+        self._batch_size, self._next_row = call.get("batch_size") or rows, 0
+        self.ids = self._valid.new_zeros((rows, length, k), dtype=torch.int32) if ids is None else ids
+        self.logps = torch.full(self.ids.shape, -torch.inf, device=self.ids.device)
+
+    def __enter__(self) -> "HeadTap":
+        self._kernel = host._ChunkedLogProbFunction
+        host._ChunkedLogProbFunction = self
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        host._ChunkedLogProbFunction = self._kernel
+        if kind is None and self._next_row != len(self._valid):
+            raise RuntimeError(
+                f"Top-K log-probs were read for {self._next_row} of {len(self._valid)} responses: the model's forward "
+                "does not go through TRL's fused LM head. Use cppo_divergence='binary_tv', or an unpatched trl 1.16."
+            )
+
+    def apply(self, hidden: Tensor, *args: Any) -> Any:
+        """Run TRL's kernel for the next rows of the batch, and read off the Top-K."""
+        if torch.is_grad_enabled():
+            outputs = self._kernel.apply(hidden, *args)
+            log_z = outputs[0].grad_fn.saved_tensors[_LOG_Z]
+        else:  # the same numbers, with a graph that is dropped at once
+            with torch.enable_grad():
+                recorded = self._kernel.apply(hidden.detach().requires_grad_(), *args)
+            log_z = recorded[0].grad_fn.saved_tensors[_LOG_Z]
+            outputs = tuple(None if x is None else x.detach() for x in recorded)
+        with torch.no_grad():
+            self._read(hidden, log_z, *args)
+        return outputs
+
+    def _read(
+        self,
+        hidden: Tensor,
+        log_z: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+        outputs: Any,
+    ) -> None:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        rows = slice(self._next_row, self._next_row + self._batch_size)
+        valid = self._valid[rows]
+        count, length = valid.shape
+        self._next_row += count
+        if host._use_triton(hidden.device):  # only valid tokens were scored: their places, in order and without a sync
+            place = valid.logical_not().flatten().to(torch.uint8).argsort(stable=True)[: len(hidden)]
+        else:  # every position was scored, prompts included
+            hidden = hidden.view(count, -1, hidden.size(-1))[:, -length:].flatten(0, 1)
+            log_z = log_z.view(count, -1)[:, -length:].flatten()
+            place = torch.arange(len(hidden), device=hidden.device)
+        ids, logps = self.ids[rows].flatten(0, 1), self.logps[rows].flatten(0, 1)  # views
+        # a row of the tile: the K' rows of the head that a token needs, or its logits over the vocabulary
+        step = max(1, _TILE // (len(weight) if self._k else ids.size(-1) * weight.size(-1)))
+        for start in range(0, len(hidden), step):
+            tile = slice(start, start + step)
+            h = hidden[tile].to(dtype)
+            with torch.autocast(device, enabled=False):
+                if self._k:
+                    logits = (
+                        torch.addmm(bias.to(dtype), h, weight.to(dtype).t())
+                        if bias is not None
+                        else h @ weight.to(dtype).t()
+                    )
+                    logits, top = logits.topk(self._k)
+                    ids[place[tile]] = top.int()
+                else:
+                    chosen = ids[place[tile]]
+                    logits = torch.einsum("nh,nkh->nk", h, weight[chosen].to(dtype))
+                    if bias is not None:
+                        logits = logits + bias[chosen].to(dtype)
+            logits = logits.float() * scale
+            if softcap is not None:
+                logits = softcap * torch.tanh(logits / softcap)
+            logps[place[tile]] = logits / temperature - log_z[tile].unsqueeze(-1)
+        self.logps[rows].masked_fill_(~valid.unsqueeze(-1), -torch.inf)
+
+
+def check_kernel() -> None:
+    """Run TRL's fused head on two tokens and compare log Z with its definition: a change of TRL's is loud.
+
+    Raises:
+        RuntimeError: if the kernel takes other arguments, or keeps log Z elsewhere.
+    """
+    kernel = host._ChunkedLogProbFunction
+    found = list(inspect.signature(kernel.forward).parameters)[1:]
+    hidden, weight = torch.eye(2, requires_grad=True), torch.tensor([[1.0, 2.0], [0.0, -1.0], [0.5, 0.0]])
+    if found == _KERNEL:
+        logps = kernel.apply(hidden, weight, None, torch.tensor([0, 1]), 0.5, 2, None, 1.0, ("entropy",))[0]
+        saved = logps.grad_fn.saved_tensors
+        if len(saved) > _LOG_Z and torch.allclose(saved[_LOG_Z], (weight.t() / 0.5).logsumexp(-1)):
+            return
+    raise RuntimeError(
+        f"The fused LM head of the installed TRL takes {found}, expected {_KERNEL} with log Z among its saved "
+        "tensors. Use cppo_divergence='binary_tv', or install trl>=1.16,<1.17."
+    )
+
+
+class EngineTopK:
+    """Top-K log-probs of the rollout policy as vLLM returns them, kept beside TRL's rollout.
+
+    TRL asks its engine for the sampled token's log-prob only, and takes the first of several for it. This wraps the
+    engine's ``generate``: it asks for the ``k`` likeliest, keeps them, and hands TRL the sampled token's alone.
+
+    Args:
+        engine: TRL's ``VLLMGeneration``.
+        k: how many of the likeliest tokens.
+    """
+
+    def __init__(self, engine: Any, k: int) -> None:
+        self._generate, self._width = engine.generate, k + 1  # the sampled token comes on top where it is not likely
+        self._ids: list[Tensor] = []
+        self._logps: list[Tensor] = []
+        engine.logprobs, engine.generate = k, self._record
+
+    def _record(self, *args: Any, **kwargs: Any) -> Any:
+        prompts, completions, logps, ids = self._generate(*args, **kwargs)
+        sampled = []
+        for tokens, token_ids, token_logps in zip(completions, ids, logps, strict=True):
+            shape = (len(tokens), self._width)
+            row_ids, row_logps = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -torch.inf)
+            for t, (some_ids, some_logps) in enumerate(zip(token_ids, token_logps, strict=True)):
+                row_ids[t, : len(some_ids)] = torch.tensor(some_ids)
+                row_logps[t, : len(some_ids)] = torch.tensor([torch.nan if x is None else x for x in some_logps])
+            self._ids.append(row_ids)
+            self._logps.append(row_logps)
+            sampled.append([[p[i.index(y)]] for y, i, p in zip(tokens, token_ids, token_logps, strict=True)])
+        return prompts, completions, sampled, ids
+
+    def take(self, completion_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids (int32) and log-probs (fp32) of the last rollout, ``(B, T, k + 1)``, right-padded with -inf.
+
+        Raises:
+            RuntimeError: if the engine was not asked once for each response.
+        """
+        if len(self._ids) != len(completion_ids):
+            raise RuntimeError(f"vLLM's Top-K came for {len(self._ids)} of {len(completion_ids)} responses.")
+        shape = (*completion_ids.shape, self._width)
+        ids, logps = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -torch.inf)
+        for b, (row_ids, row_logps) in enumerate(zip(self._ids, self._logps, strict=True)):
+            ids[b, : len(row_ids)], logps[b, : len(row_logps)] = row_ids, row_logps
+        self._ids, self._logps = [], []
+        return ids.to(completion_ids.device), logps.to(completion_ids.device)

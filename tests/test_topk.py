@@ -1,0 +1,324 @@
+import math
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
+
+from cppo_trl import CPPOTrainer, policy_topk
+from cppo_trl.divergence import binary_kl, binary_tv, topk_kl, topk_tv
+from tests.conftest import COMPLETION, VOCABULARY, full_logps, injected_batch, tiny_data, tiny_model
+from tests.reference import algorithm_1, clipped_quantile
+from tests.test_trainer import gradients
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+
+
+def two_policies(seed, rows=4, length=6, vocabulary=40, distance=1.0):
+    g = torch.Generator().manual_seed(seed)
+    mu = (torch.randn(rows, length, vocabulary, generator=g) * 2).log_softmax(-1)
+    pi = (mu + torch.randn(rows, length, vocabulary, generator=g) * distance).log_softmax(-1)
+    sampled = torch.randint(0, vocabulary, (rows, length, 1), generator=g)
+    return pi, mu, sampled
+
+
+def listed(pi, mu, sampled, k):
+    """The sampled token, then the k likeliest of μ, the sampled one padded out where it is among them."""
+    top = mu.topk(k).indices
+    ids = torch.cat([sampled, top], -1)
+    mu_listed = mu.gather(-1, ids)
+    mu_listed[..., 1:].masked_fill_(top == sampled, -torch.inf)
+    return pi.gather(-1, ids), mu_listed
+
+
+def reduced(pi, mu, sampled, k, kind):
+    """Eq. (15) and (16) of DPPO at one position, over a plain set of tokens."""
+    tokens = set(sorted(range(len(mu)), key=lambda a: -mu[a])[:k]) | {sampled}
+    p_mu, p_pi = [math.exp(mu[a]) for a in tokens], [math.exp(pi[a]) for a in tokens]
+    p_mu, p_pi = [*p_mu, max(1 - sum(p_mu), 1e-12)], [*p_pi, max(1 - sum(p_pi), 1e-12)]
+    if kind == "tv":
+        return 0.5 * sum(abs(a - b) for a, b in zip(p_mu, p_pi, strict=True))
+    return sum(a * math.log(a / b) for a, b in zip(p_mu, p_pi, strict=True))
+
+
+def test_topk_worked_by_hand():
+    # listed: .5 .2 of mu against .3 .3 of pi; other: .3 against .4; one padding slot
+    mu = torch.tensor([[[0.5, 0.2, 0.9]]]).log()
+    mu[..., 2] = -torch.inf
+    pi = torch.tensor([[[0.3, 0.3, 0.9]]]).log()
+    assert topk_tv(pi, mu).item() == pytest.approx(0.5 * (0.2 + 0.1 + 0.1))
+    expected = 0.5 * math.log(5 / 3) + 0.2 * math.log(2 / 3) + 0.3 * math.log(3 / 4)
+    assert topk_kl(pi, mu).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 39])
+def test_topk_equals_the_sum_over_a_plain_set(k):
+    pi, mu, sampled = two_policies(k)
+    args = listed(pi, mu, sampled, k)
+    tv, kl = topk_tv(*args), topk_kl(*args)
+    for b in range(4):
+        for t in range(6):
+            at = (pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled[b, t].item(), k)
+            assert tv[b, t].item() == pytest.approx(reduced(*at, "tv"), abs=2e-6)
+            assert kl[b, t].item() == pytest.approx(reduced(*at, "kl"), abs=2e-6, rel=1e-4)
+
+
+def test_binary_is_below_topk_is_below_exact():
+    pi, mu, sampled = two_policies(0, rows=50)
+    exact_tv, exact_kl = 0.5 * (pi.exp() - mu.exp()).abs().sum(-1), (mu.exp() * (mu - pi)).sum(-1)
+    at = sampled[..., 0:1]
+    binary = [f(pi.gather(-1, at)[..., 0], mu.gather(-1, at)[..., 0]) for f in (binary_tv, binary_kl)]
+    for estimator, lower, upper in ((topk_tv, binary[0], exact_tv), (topk_kl, binary[1], exact_kl)):
+        for k in (1, 3, 10, 20):
+            value = estimator(*listed(pi, mu, sampled, k))
+            assert (lower <= value + 1e-6).all()
+            assert (value <= upper + 1e-6).all()
+            lower = value  # noqa: PLW2901
+        torch.testing.assert_close(estimator(*listed(pi, mu, sampled, 40)), upper, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("estimator", [topk_tv, topk_kl])
+def test_topk_is_finite_whatever_the_inputs(estimator):
+    values = torch.tensor([0.0, -1e-9, -1.0, -100.0, -1e4, -torch.inf])
+    pi = torch.cartesian_prod(values, values, values).unsqueeze(0)
+    for mu in (pi.flip(1), pi, torch.full_like(pi, -torch.inf)):
+        result = estimator(pi, mu)
+        assert result.isfinite().all()
+        assert (result >= 0).all()
+        assert result.dtype == torch.float32
+    unknown = pi.clone()
+    unknown[:, ::2, 1] = torch.nan
+    assert (estimator(pi, unknown)[:, ::2] == 0).all()
+    assert estimator(pi.bfloat16(), pi.bfloat16()).dtype == torch.float32
+
+
+def small(config_cls, model_cls, **fields):
+    torch.manual_seed(1)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "initializer_range": 0.4}
+    return model_cls(config_cls(**shape, pad_token_id=0, eos_token_id=1, bos_token_id=None, **fields))
+
+
+MODELS = {
+    "qwen3": tiny_model,
+    "qwen3-tied": lambda: tiny_model(tie_word_embeddings=True),
+    "gemma2-softcap": lambda: small(Gemma2Config, Gemma2ForCausalLM, final_logit_softcapping=3.0),
+    "granite-scaling": lambda: small(GraniteConfig, GraniteForCausalLM, logits_scaling=3.0),
+    "cohere-scale": lambda: small(CohereConfig, CohereForCausalLM, logit_scale=0.4),
+}
+CASES = [(name, {}) for name in MODELS]
+CASES += [
+    ("qwen3", {"temperature": 0.7}),
+    ("qwen3", {"peft": LORA}),
+    ("qwen3", {"peft": LORA, "beta": 0.1}),
+    ("qwen3", {"gradient_checkpointing": True}),
+    ("qwen3", {"gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}),
+    ("qwen3", {"cppo_divergence": "topk_kl"}),
+    ("qwen3", {"cppo_topk": 3, "mask_truncated_completions": True}),
+    ("qwen3", {"bf16": True, "cast_lm_head_to_fp32": True}),
+    ("qwen3", {"bf16": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
+    """Through rollout, shuffle, split, accumulation and updates, against two models run in full."""
+    fields = {"cppo_divergence": "topk_tv", "learning_rate": 1e-2, "per_device_train_batch_size": 4, **fields}
+    fields = {"cppo_topk": 5, **fields} if "cppo_topk" not in fields else fields
+    fields = {"steps_per_generation": 4, **fields} if "steps_per_generation" not in fields else fields
+    peft = fields.pop("peft", None)
+    temperature, k = fields.get("temperature", 1.0), fields["cppo_topk"]
+    kind = fields["cppo_divergence"].removeprefix("topk_")
+    seen, compared = [], []
+
+    def log_softmax(model, batch):
+        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fields.get("bf16", False)):
+            if fields.get("cast_lm_head_to_fp32"):
+                hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state
+            else:
+                logits = model(input_ids=ids, attention_mask=attention).logits
+        if fields.get("cast_lm_head_to_fp32"):
+            logits = hidden.float() @ model.lm_head.weight.T
+        return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].float() / temperature).log_softmax(-1)
+
+    class Spy(CPPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            return {**output, "mu": log_softmax(self.model, output)}  # travels with its response
+
+        def _compute_loss(self, model, inputs):
+            self.batch = inputs
+            return super()._compute_loss(model, inputs)
+
+        def _divergence(self, logps, rollout_logps):
+            divergence, mass = super()._divergence(logps, rollout_logps)
+            pi, mu = log_softmax(self.model, self.batch), self.batch["mu"]
+            for b, t in self.batch["completion_mask"].nonzero().tolist():
+                sampled = self.batch["completion_ids"][b, t].item()
+                expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, k, kind)
+                seen.append(divergence[b, t].item())
+                compared.append(expected)
+            return divergence, mass
+
+    trainer = make_trainer(Spy, model=MODELS[name](), max_steps=6, trainer={"peft_config": peft}, **fields)
+    trainer.train()
+    assert max(compared) > (0.003 if peft else 0.02)
+    # logits of a bf16 head are rounded, in the reference as well
+    tolerance = 2e-2 if fields.get("bf16") and not fields.get("cast_lm_head_to_fp32") else 3e-6
+    errors = [abs(a - b) for a, b in zip(seen, compared, strict=True)]
+    assert max(errors) < tolerance
+    history = [h for h in trainer.state.log_history if "cppo/divergence/mean" in h]
+    assert history[0]["cppo/rollout_mismatch"] < 1e-6  # right after the rollout, with unchanged weights
+    assert "cppo/rollout_mismatch" not in history[1]
+    assert k / VOCABULARY < history[0]["cppo/topk_mass"] <= 1 + 1e-5
+
+
+def with_topk(model, batch, k, seed=0):
+    """The injected batch with a whole rollout policy: its Top-K ids and log-probs, and the sampled token's."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    with torch.no_grad():
+        logits = model(ids).logits[:, batch["prompt_ids"].size(1) - 1 : -1].float()
+    g = torch.Generator().manual_seed(seed)
+    mu = (logits + 0.5 * torch.randn(logits.shape, generator=g)).log_softmax(-1)
+    sampled = batch["completion_ids"].unsqueeze(-1)
+    top = mu.topk(k)
+    logps = top.values.masked_fill(
+        (top.indices == sampled) | ~batch["completion_mask"].bool().unsqueeze(-1), -torch.inf
+    )
+    old = mu.gather(-1, sampled).squeeze(-1) * batch["completion_mask"]
+    return {**batch, "old_per_token_logps": old, "topk_ids": top.indices.int(), "topk_logps": logps}, mu
+
+
+def test_mask_loss_and_gradient_with_topk(make_trainer):
+    trainer = make_trainer(cppo_divergence="topk_tv", cppo_topk=4, cppo_delta=0.1)
+    batch, mu = with_topk(trainer.model, injected_batch(trainer.model), k=4)
+    mask, advantages = batch["completion_mask"], batch["advantages"]
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], mask], 1)
+    pi = trainer.model(input_ids=ids, attention_mask=attention).logits[:, 4:-1].log_softmax(-1).detach()
+    keep = torch.zeros(8, COMPLETION)
+    for b, length in enumerate(mask.sum(1).tolist()):
+        tokens = batch["completion_ids"][b].tolist()
+        at = [(pi[b, t].double().tolist(), mu[b, t].double().tolist(), tokens[t], 4, "tv") for t in range(length)]
+        divergences = [reduced(*x) for x in at]
+        ratios = [math.exp(p[y] - m[y]) for p, m, y, _, _ in at]
+        delta_b = clipped_quantile(divergences, 0.02, 0.9, 2.0)
+        row, _, margin = algorithm_1(ratios, [advantages[b].item()] * length, divergences, 0.1, delta_b, 0.8)
+        assert margin > 1e-6
+        keep[b, :length] = torch.tensor(row, dtype=torch.float32)
+    assert 0.05 < 1 - keep.sum() / mask.sum() < 0.95
+    logps = full_logps(trainer.model, batch)
+    coefficient = -advantages[:, None] * (logps - batch["old_per_token_logps"]).exp().detach() * keep
+    trainer.model.zero_grad()
+    (coefficient * logps * mask).sum().div(mask.numel()).backward()
+    expected = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+    loss, found = gradients(trainer, batch)
+    torch.testing.assert_close(loss, (coefficient * mask).sum().div(mask.numel()).detach(), rtol=1e-5, atol=1e-7)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_where_trl_skips_the_rollout_pass_so_do_we(make_trainer):
+    trainer = make_trainer(cppo_divergence="topk_tv", steps_per_generation=1, max_steps=2)
+    trainer.train()
+    assert "topk_ids" not in trainer._buffered_inputs[0]
+    assert all(h["cppo/divergence/max"] == 0 for h in trainer.state.log_history if "loss" in h)
+
+
+def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
+    trainer = make_trainer(cppo_divergence="topk_tv", max_steps=1)
+    trainer.train()
+    batch = trainer._buffered_inputs[0]
+    assert batch["topk_ids"].dtype == torch.int32
+    assert batch["topk_logps"].dtype == torch.float32
+    assert batch["topk_ids"].shape == (*batch["completion_ids"].shape, 20)
+
+
+@pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])
+def test_rollouts_without_topk_are_refused(make_trainer, name):
+    with pytest.raises(ValueError, match=f"{name} with cppo_divergence='topk_tv'"):
+        make_trainer(cppo_divergence="topk_tv", trainer={name: [print]})
+
+
+def test_a_changed_head_is_loud(make_trainer, monkeypatch):
+    class Moved(policy_topk.host._ChunkedLogProbFunction):
+        @staticmethod
+        def forward(ctx, hidden, weight, targets):
+            raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_topk.host, "_ChunkedLogProbFunction", Moved)
+        with pytest.raises(RuntimeError, match="fused LM head of the installed TRL"):
+            make_trainer(cppo_divergence="topk_tv")
+    trainer = make_trainer(cppo_divergence="topk_tv")
+    monkeypatch.setattr(
+        CPPOTrainer.__mro__[1],
+        "_get_per_token_logps_and_entropies",
+        lambda self, model, input_ids, attention_mask, logits_to_keep, **k: (torch.zeros(8, 12), None, None),
+    )
+    batch, _ = with_topk(trainer.model, injected_batch(trainer.model), k=20)
+    with pytest.raises(RuntimeError, match="read for 0 of 8 responses"):
+        trainer._compute_loss(trainer.model, batch)
+
+
+class FakeEngine:
+    """TRL's VLLMGeneration as far as it is used: sorted Top-K, the sampled token added where it is not among them."""
+
+    def __init__(self, model, completions):
+        self.model, self.completions, self.logprobs = model, completions, 0
+
+    def generate(self, prompts, images=None, num_generations=1, profiler=None):
+        all_logps, all_ids = [], []
+        for prompt, tokens in zip(prompts, self.completions, strict=True):
+            with torch.no_grad():
+                logps = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            rows = [
+                list(dict.fromkeys([*row.topk(self.logprobs).indices.tolist(), y]))
+                for row, y in zip(logps, tokens, strict=True)
+            ]
+            all_ids.append(rows)
+            all_logps.append([[row[i].item() for i in ids] for row, ids in zip(logps, rows, strict=True)])
+        return prompts, self.completions, all_logps, all_ids
+
+
+def test_engine_topk_is_the_union_with_the_sampled_token():
+    model = tiny_model()
+    completions = [[5, 6, 7, 1], [9, 1], [2, 3, 4]]
+    engine = FakeEngine(model, completions)
+    recorder = policy_topk.EngineTopK(engine, 3)
+    prompts = [[4, 12, 5], [6, 12], [7]]
+    _, _, sampled, _ = engine.generate(prompts)
+    completion_ids = torch.tensor([[5, 6, 7, 1], [9, 1, 0, 0], [2, 3, 4, 0]])
+    ids, logps = recorder.take(completion_ids)
+    assert ids.shape == logps.shape == (3, 4, 4)
+    with_rank_above_k = 0
+    for b, (prompt, tokens) in enumerate(zip(prompts, completions, strict=True)):
+        full = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        for t, y in enumerate(tokens):
+            expected = set(full[t].topk(3).indices.tolist()) | {y}
+            known = logps[b, t] > -torch.inf
+            assert set(ids[b, t][known].tolist()) == expected
+            torch.testing.assert_close(logps[b, t][known], full[t][ids[b, t][known].long()])
+            assert sampled[b][t] == pytest.approx([full[t, y].item()])
+            with_rank_above_k += len(expected) == 4
+        assert (logps[b, len(tokens) :] == -torch.inf).all()
+    assert with_rank_above_k > 0
+    with pytest.raises(RuntimeError, match="0 of 3 responses"):
+        recorder.take(completion_ids)
+
+
+def test_topk_training_raises_the_reward(make_trainer):
+    fields = {"learning_rate": 5e-3, "per_device_train_batch_size": 16, "cppo_delta": 0.3, "cppo_delta_b": 0.1}
+    trainer = make_trainer(max_steps=40, cppo_divergence="topk_tv", data=tiny_data(), **fields)
+    trainer.train()
+    rewards = [h["reward"] for h in trainer.state.log_history if "reward" in h]
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
