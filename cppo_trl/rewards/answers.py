@@ -124,6 +124,14 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![_^]\d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ","),  # 2 3 was 5
     (r"^([-+]?\d+)_\{?(\d+)\}?$", r"\1\\text{base \2}"),  # 101_2 was 101, and so was 101_3
     (r"(?<=\d)\.$", ""),  # 5. was no mathematics
+    (rf"^(?:{_STYLED}\{{)?\s*[aA]ll real(?:s| numbers)\s*\}}?$", r"\\mathbb{R}"),  # was a word
+    (rf"^(?:{_STYLED}\{{)?\s*[nN]o (?:real )?solutions?\s*\}}?$", r"\\emptyset"),  # was a word
+    (
+        rf"^(\d{{1,2}}:\d\d)\s*(?:{_STYLED}\{{)?\s*([aApP])\.?\s?[mM]\.?\s*\}}?$",
+        r"\\text{\1 \2m}",
+    ),  # 2:30 PM was 2/30*P*M
+    (r"\.(\d*?)(\d)\2\2+\s*(?:\.{3}|\\[lc]?dots)$", r".\1\\overline{\2}"),  # 0.333\ldots was 0.333
+    (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),  # C(5,2) was an unknown function
     (r"^\\approx\s*", ""),  # \approx 3.14 was no mathematics
 ]
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
@@ -132,20 +140,32 @@ _TRIG = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
 _DEGREES = re.compile(r"\s*\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-zA-Z])")
 _DEGREES_TAIL = re.compile(rf"(?<=[\d}}])(?:{_DEGREES.pattern})\s*(?:{_STYLED}\{{)?\s*([CF]?)\s*\}}?$")
 _THOUSANDS = re.compile(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
-_MONEY = re.compile(r"(?:\\?\$|€|£|¥|₹|\b(?:USD|EUR|GBP|Rs)\b\.?)\s*(?=[-+.\d])")
+_CURRENCIES = {
+    "$": "dollar",
+    "USD": "dollar",
+    "€": "euro",
+    "EUR": "euro",
+    "£": "lb",
+    "GBP": "lb",
+    "₹": "rupee",
+    "Rs": "rupee",
+}
+_MONEY = re.compile(r"\\?(\$|€|£|₹|\b(?:USD|EUR|GBP|Rs)\b)\.?\s*(?=[-+.\d])")
+_NUMERALS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
 _PERCENT_TAIL = re.compile(rf"\s*(?:(?:{_STYLED}\{{\s*)?(?:\bper\s?cent(?:age)?|\bpct|\\?%)\s*\}}?)$")
 _STYLED_TAIL = re.compile(r"(?<=[\w})])\s*" + _STYLED + r"\{\s*([^{}]*?)\s*\}((?:\^\{?\d\}?)?)$")
 _WORD_TAIL = re.compile(
     rf"((?:^|=\s*)(?:{_NUMBER}|[-+]?\d+\s*/\s*\d+|[-+]?\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}))"
     r"(\s*)([a-zA-Z]+(?:[ ./]+[a-zA-Z]+){0,2}\.?)((?:\^\{?\d\}?)?)$"
 )
-_WORDS = re.compile(r"[A-Za-z][A-Za-z0-9 ,.'-]*")
+_WORDS = re.compile(rf"(?:{_STYLED}\{{\s*)?([A-Za-z][A-Za-z0-9 ,.'-]*?)\s*\}}?")
 _UNITS = {
     alias: names.split()[0]
     for names in (
         "mm millimeter millimetre|cm centimeter centimetre|m meter metre|km kilometer kilometre|inch inche in|"
         "ft foot feet|yd yard|mi mile|mg milligram|g gram|kg kilogram|lb pound|oz ounce|s second sec|min minute|"
-        "h hour hr|day|week|month|year yr|l liter litre|ml milliliter millilitre|dollar|cent|degree|mi/h mph|km/h kmh"
+        "h hour hr|day|week|month|year yr|l liter litre|ml milliliter millilitre|dollar|euro|rupee|cent|degree|"
+        "mi/h mph|km/h kmh"
     ).split("|")
     for alias in names.split()
 }
@@ -156,18 +176,19 @@ def normalise(text: str) -> tuple[str, str | None]:
 
     The unit is ``"%"``, a known one in one spelling (``"cm^2"``, ``"degree"``), ``""`` for any other
     (``5\text{ apples}``), or None. math-verify's own list of units has ``s``, ``m`` and ``h`` among them, so that it
-    takes ``\pi r^2 h`` for ``\pi r^2``; a bare letter is never a unit here.
+    takes ``\pi r^2 h`` for ``\pi r^2``; a bare letter is a unit here only in ``5 m``.
     """
     text = " ".join(text.translate(_SYMBOLS).split()).strip("*_ ")
     spans = _DELIMITED.findall(text)
     if len(spans) == 1 and re.search(r"[a-zA-Z]{2}|^\W*$", _DELIMITED.sub("", text)):
         text = "".join(spans[0]).strip()  # "The total is $34$ dollars" in an Answer: line or a gold; $34$ was money
-    text, paid = _MONEY.subn("", text)
+    paid = _MONEY.search(text)
+    text = _MONEY.sub("", text)
     if not text.endswith("..."):
         text = text.rstrip(" .,;")
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text).strip()
-    if not re.search(r"[(\[]|\\\{", text):
+    if ", " in text or not re.search(r"[(\[]|\\\{", text):  # (1,000, 2) has a thousand, (1,000) perhaps not
         text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)  # 1,234 m was no number
     text, unit = _without_unit(text)
     if repeating := _REPEATING.fullmatch(text):  # 0.\overline{3} was no mathematics
@@ -176,9 +197,12 @@ def normalise(text: str) -> tuple[str, str | None]:
         text = rf"{sign}\frac{{{over}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}"
     if _TRIG.search(text):
         text = _DEGREES.sub(r"\\cdot\\frac{\\pi}{180}", text)  # \sin 30^\circ was the sine of 30 radians
-    if _WORDS.fullmatch(text) and re.search(r"[A-Za-z]{3}", text) and re.search(r"[aeiouAEIOU]", text):
-        text = rf"\text{{{text.lower()}}}"  # Evelyn was E*v*e*l*y*n, and so was every anagram
-    return text, "dollar" if paid and unit is None else unit
+    words = _WORDS.fullmatch(text)
+    if words and re.search(r"[A-Za-z]{3}", words[1]) and re.search(r"[aeiouAEIOU]", words[1]):
+        parts = sorted(words[1].lower().split(" and "))  # red and blue was not blue and red
+        # Evelyn was E*v*e*l*y*n, and so was every anagram; two was t*w*o
+        text = _NUMERALS.get(parts[0], rf"\text{{{' and '.join(parts)}}}")
+    return text, _CURRENCIES[paid[1]] if paid and unit is None else unit
 
 
 def units_differ(gold: str | None, answer: str | None) -> bool:
@@ -194,14 +218,16 @@ def _without_unit(text: str) -> tuple[str, str | None]:
         return text[: tail.start()], "degree" + tail[1].upper()
     if tail := _STYLED_TAIL.search(text):
         value, name, power = text[: tail.start()], tail[1], tail[2]
-        is_unit = len(name) > 1 or name in _UNITS or name == "L"  # not 2\mathrm{e}, 2\text{i}
+        is_unit = len(name.split()) < 5 and (
+            len(name) > 1 or _canonical_unit(name) != ""
+        )  # not 2\mathrm{e}, 2\text{i}
     elif tail := _WORD_TAIL.search(text):
         value, name, power = text[: tail.end(1)], tail[3], tail[4]
-        known = len(name) > 1 and _canonical_unit(name)
-        is_unit = bool(known or (tail[2] and re.search(r"[a-z]{3}", name)))  # not 2ab, 3xy, 5 m
+        known = (tail[2] or len(name) > 1) and _canonical_unit(name)
+        is_unit = bool(known or (tail[2] and re.search(r"[a-z]{3}", name)))  # not 2ab, 3xy, 5m
     else:
         return text, None
-    if not is_unit or re.match(r"(?:and|or)\b", name):
+    if not is_unit or re.match(r"(?:and|or|is|if|not|but)\b", name):
         return text, None
     return value.strip(), _canonical_unit(name + power.replace("{", "").replace("}", ""))
 

@@ -37,6 +37,7 @@ _LATEX = [
 
 _FLAT_SET = re.compile(r"\\\{[^()\[\]{}]*\\\}")
 _FLAT_TUPLE = re.compile(r"[(\[][^()\[\]{}]*[)\]]")
+_ASSIGNED = re.compile(r"\s*([a-zA-Z])\s*=([^=]+)")
 _WORTH = {"%": sympy.Rational(1, 100), "degree": sympy.pi / 180}
 
 
@@ -90,6 +91,7 @@ def compare(
 def _equal(gold: _Parsed, answer: _Parsed) -> bool:
     if units_differ(gold.unit, answer.unit):
         return False
+    gold, answer = _in_order(gold, answer), _in_order(answer, gold)
     if _FLAT_SET.fullmatch(gold.latex) and _FLAT_TUPLE.fullmatch(answer.latex):
         return False  # \{1,2\} was (1,2) and (2,1)
     if _FLAT_TUPLE.fullmatch(gold.latex) and _FLAT_SET.fullmatch(answer.latex):
@@ -106,6 +108,14 @@ def _equal(gold: _Parsed, answer: _Parsed) -> bool:
                 one, other, float_rounding=digits + 4, numeric_precision=digits + 15, timeout_seconds=None
             )
     return False
+
+
+def _in_order(system: _Parsed, other: _Parsed) -> _Parsed:
+    """Read x=1, y=2 as (1, 2) if the other side names no variables: it was equal to (2, 1)."""
+    parts = [_ASSIGNED.fullmatch(part) for part in system.latex.split(",")]
+    if "=" in other.latex or len(parts) < 2 or len({part and part[1] for part in parts} - {None}) < len(parts):
+        return system
+    return _parsed("(" + ", ".join(part[2] for part in parts if part) + ")")
 
 
 def _leading_zeros(*values: Any) -> int:
