@@ -103,7 +103,9 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"\1,",
     ),  # 1\,234 was 235, 100 000 was 0
     (r"(?<!\\)\\[,;:! ]|\\q?quad(?![a-zA-Z])|~", " "),
-    (r"^" + _STYLED + r"\{\s*(" + _NUMBER + r"(?:\s*/\s*\d+)?)\s*\}$", r"\1"),  # \text{5} was a word
+    (r"\\(?:bf|rm|it|underline|(?:text)?color\s*\{\w+\})(?![a-zA-Z])\s*", ""),  # \underline{17} was no mathematics
+    (r"^\{([^{}]*)\}$", r"\1"),  # {\bf 17} was no mathematics
+    (rf"^{_STYLED}\{{\s*({_NUMBER}[^{{}}]*?)\s*\}}$", r"\1"),  # \text{12} was a word
     (r"\\varnothing(?![a-zA-Z])", r"\\emptyset "),  # was a symbol of that name
     (r"\\lbrace(?![a-zA-Z])", r"\\{"),  # \lbrace 1,2 \rbrace was no mathematics
     (r"\\rbrace(?![a-zA-Z])", r"\\}"),
@@ -152,7 +154,7 @@ _CURRENCIES = {
 }
 _MONEY = re.compile(r"\\?(\$|€|£|₹|\b(?:USD|EUR|GBP|Rs)\b)\.?\s*(?=[-+.\d])")
 _NUMERALS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
-_PERCENT_TAIL = re.compile(rf"\s*(?:(?:{_STYLED}\{{\s*)?(?:\bper\s?cent(?:age)?|\bpct|\\?%)\s*\}}?)$")
+_PERCENT_TAIL = re.compile(rf"(?<!%)\s*(?:(?:{_STYLED}\{{\s*)?(?:\bper\s?cent(?:age)?|\bpct|\\?%)\s*\}}?)$")
 _STYLED_TAIL = re.compile(r"(?<=[\w})])\s*" + _STYLED + r"\{\s*([^{}]*?)\s*\}((?:\^\{?\d\}?)?)$")
 _WORD_TAIL = re.compile(
     rf"((?:^|=\s*)(?:{_NUMBER}|[-+]?\d+\s*/\s*\d+|[-+]?\d*\\[dt]?frac\{{\d+\}}\{{\d+\}}))"
