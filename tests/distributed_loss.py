@@ -11,13 +11,15 @@ import torch
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from tests.conftest import COMPLETION, digit_reward, injected_batch, tiny_data, tiny_model
+from tests.test_topk import with_topk
 
 ROWS = 8  # of one micro-batch, over all processes
 
 
 def rule_fields(case):
     loss_type, divergence, rule = case.split("-")
-    return {"loss_type": loss_type, "cppo_divergence": divergence, "trust_region": rule, "cppo_delta": 0.05}
+    fields = {"loss_type": loss_type, "cppo_divergence": divergence, "trust_region": rule, "cppo_delta": 0.05}
+    return {**fields, "cppo_topk": 4} if divergence.startswith("topk") else fields
 
 
 def run(case, output_dir):
@@ -38,6 +40,8 @@ def run(case, output_dir):
     )
     accelerator = trainer.accelerator
     batches = [injected_batch(trainer.model, rows=ROWS, seed=seed) for seed in (1, 2)]
+    if config.uses_topk:
+        batches = [with_topk(trainer.model, batch, config.cppo_topk)[0] for batch in batches]
     tokens = sum(b["num_items_in_batch"] for b in batches)
     model = accelerator.prepare(trainer.model.train())
     trainer.current_gradient_accumulation_steps = 2

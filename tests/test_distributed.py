@@ -10,6 +10,7 @@ from tests.distributed_loss import run
 
 ROOT = Path(__file__).parent.parent
 CASES = ["dr_grpo-binary_tv-cppo", "dapo-binary_tv-cppo", "grpo-binary_kl-cppo", "dr_grpo-binary_tv-dppo"]
+CASES += ["dr_grpo-topk_tv-cppo"]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,9 @@ def two_processes(tmp_path_factory):
     launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0", "-m", "tests.distributed_loss"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    subprocess.run([sys.executable, "-m", *launch, str(directory), *CASES], check=True, cwd=ROOT, env=environment)
+    subprocess.run(
+        [sys.executable, "-m", *launch, str(directory), *CASES], check=True, cwd=ROOT, env=environment, timeout=120
+    )
     return directory
 
 
@@ -37,3 +40,9 @@ def test_two_processes_compute_what_one_does(case, two_processes, tmp_path):
         assert len(values) == 1  # once per update, not per micro-batch
         assert two["metrics"][name] == pytest.approx(values, rel=1e-5), name
     assert 0.1 < one["metrics"]["cppo/masked"][0] < 0.9
+
+
+def test_topk_sees_the_whole_of_a_sharded_head():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, "-m", "tests.sharded_head"], check=True, cwd=ROOT, env=environment, timeout=120)
