@@ -5,8 +5,8 @@ ZeRO-3 shard it) and never holds a (B, T, V) tensor. `HeadTap` stands in for tha
 takes its log-normaliser log Z from the autograd graph. What is left costs little:
 
 * log π at K' given tokens is h·W_a - log Z for K' rows of the head (`ids` given: the training side);
-* the K likeliest tokens take one more product with the head, in tiles, without a gradient (`k` given: the rollout
-  side, where transformers generates).
+* the K likeliest tokens take one more product with the head, in tiles as TRL's own, without a gradient (`k` given: the
+  rollout side, where transformers generates).
 
 Logits are rounded to the pass's compute dtype as TRL's own are, and scaled, soft-capped and divided by the
 temperature by the same numbers, which TRL hands to the kernel.
@@ -20,7 +20,8 @@ import torch
 import trl.trainer.utils as host
 from torch import Tensor
 
-_TILE = 2**24  # elements of a temporary: 64 MiB in fp32
+_TOKENS, _VOCABULARY = 4096, 32_768  # of a tile of logits, as TRL's own
+_ELEMENTS = 2**24  # of the rows of the head that are gathered at once
 _KERNEL = "hidden weight bias targets temperature chunk_size final_logit_softcapping logit_scale outputs".split()
 _LOG_Z = 4  # place of log Z among the kernel's saved tensors
 
@@ -105,30 +106,40 @@ class HeadTap:
             log_z = log_z.view(count, -1)[:, -length:].flatten()
             place = torch.arange(len(hidden), device=hidden.device)
         ids, logps = self.ids[rows].flatten(0, 1), self.logps[rows].flatten(0, 1)  # views
-        # a row of the tile: the K' rows of the head that a token needs, or its logits over the vocabulary
-        step = max(1, _TILE // (len(weight) if self._k else ids.size(-1) * weight.size(-1)))
+        step = _TOKENS if self._k else max(1, _ELEMENTS // (ids.size(-1) * weight.size(-1)))
         for start in range(0, len(hidden), step):
             tile = slice(start, start + step)
-            h = hidden[tile].to(dtype)
             with torch.autocast(device, enabled=False):
                 if self._k:
-                    logits = (
-                        torch.addmm(bias.to(dtype), h, weight.to(dtype).t())
-                        if bias is not None
-                        else h @ weight.to(dtype).t()
-                    )
-                    logits, top = logits.topk(self._k)
-                    ids[place[tile]] = top.int()
+                    logits, ids[place[tile]] = likeliest(hidden[tile].to(dtype), weight, bias, self._k)
                 else:
-                    chosen = ids[place[tile]]
-                    logits = torch.einsum("nh,nkh->nk", h, weight[chosen].to(dtype))
-                    if bias is not None:
-                        logits = logits + bias[chosen].to(dtype)
+                    logits = self.chosen(hidden[tile].to(dtype), weight, bias, ids[place[tile]])
             logits = logits.float() * scale
             if softcap is not None:
                 logits = softcap * torch.tanh(logits / softcap)
             logps[place[tile]] = logits / temperature - log_z[tile].unsqueeze(-1)
         self.logps[rows].masked_fill_(~valid.unsqueeze(-1), -torch.inf)
+
+    @staticmethod
+    def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor) -> Tensor:
+        """Logits of ``ids`` ``(N, K')``, from K' rows of the head for each hidden state ``(N, H)``."""
+        logits = torch.einsum("nh,nkh->nk", hidden, weight[ids].to(hidden.dtype))
+        return logits if bias is None else logits + bias[ids].to(hidden.dtype)
+
+
+def likeliest(hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits ``(N, k)`` of hidden states ``(N, H)`` and their int32 ids, by tiles of the vocabulary."""
+    values, ids = [], []
+    for start in range(0, len(weight), _VOCABULARY):
+        tile = slice(start, start + _VOCABULARY)
+        logits = hidden @ weight[tile].to(hidden.dtype).t()
+        if bias is not None:
+            logits += bias[tile].to(hidden.dtype)
+        top = logits.topk(min(k, logits.size(-1)))
+        values.append(top.values)
+        ids.append(top.indices + start)
+    best = torch.cat(values, -1).topk(k)
+    return best.values, torch.cat(ids, -1).gather(-1, best.indices).int()
 
 
 def check_kernel() -> None:

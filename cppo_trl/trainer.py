@@ -88,6 +88,9 @@ class CPPOTrainer(GRPOTrainer):
                         "available there. Set cppo_divergence to binary_tv or binary_kl."
                     )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if args.uses_topk and args.cppo_topk > vocabulary:
+            raise ValueError(f"cppo_topk={args.cppo_topk} exceeds the model's vocabulary of {vocabulary}: lower it.")
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = args.cppo_delta  # ... and its token mask the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed

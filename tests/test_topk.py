@@ -234,6 +234,16 @@ def test_where_trl_skips_the_rollout_pass_so_do_we(make_trainer):
     assert all(h["cppo/divergence/max"] == 0 for h in trainer.state.log_history if "loss" in h)
 
 
+def test_likeliest_merges_tiles_of_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(policy_topk, "_VOCABULARY", 7)
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(11, 8), torch.randn(40, 8), torch.randn(40)
+    values, ids = policy_topk.likeliest(hidden, weight, bias, 9)
+    expected = (hidden @ weight.t() + bias).topk(9)
+    torch.testing.assert_close(values, expected.values)
+    assert torch.equal(ids.long(), expected.indices)
+
+
 def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
     trainer = make_trainer(cppo_divergence="topk_tv", max_steps=1)
     trainer.train()
@@ -247,6 +257,11 @@ def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
 def test_rollouts_without_topk_are_refused(make_trainer, name):
     with pytest.raises(ValueError, match=f"{name} with cppo_divergence='topk_tv'"):
         make_trainer(cppo_divergence="topk_tv", trainer={name: [print]})
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused(make_trainer):
+    with pytest.raises(ValueError, match="cppo_topk=24 exceeds the model's vocabulary of 23"):
+        make_trainer(cppo_divergence="topk_tv", cppo_topk=24)
 
 
 def test_a_changed_head_is_loud(make_trainer, monkeypatch):
