@@ -112,9 +112,7 @@ def main() -> None:
             f"{statistics.median(result['trl_seconds']):.3f} s, {result['ratio_median']:.2f} times as fast "
             f"({result['ratio_min']:.2f} to {result['ratio_max']:.2f}); same verdict {result['same_verdict']:.2%}"
         )
-    print(
-        f"pool start {start:.2f} s; one stuck completion adds {extra:.2f} s, limit {accuracy_reward.time_limit} s"
-    )
+    print(f"pool start {start:.2f} s; one stuck completion adds {extra:.2f} s, limit {accuracy_reward.time_limit} s")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written to {args.output}")

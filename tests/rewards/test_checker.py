@@ -298,7 +298,10 @@ def test_a_stuck_worker_ends_itself_where_nobody_else_does():
     )
     process.stdin.write(b'[["1/2", "9^{9^{9}}", 0.5]]\n')
     process.stdin.flush()
-    assert process.wait(30) == -signal.SIGALRM
+    try:
+        assert process.wait(30) == -signal.SIGALRM
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("ignored", ["", "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"])
