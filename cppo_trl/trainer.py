@@ -21,24 +21,13 @@ from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
+from cppo_trl.host_checks import check_hooks, check_server
 from cppo_trl.metrics import add_records, loss_record, summarize
 from cppo_trl.model_card import append_sections
 from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
 from cppo_trl.trust_region import cppo_mask, dppo_mask, position_weights, prefix_budget, ratio_cap_weight
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
-
-_HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their parameters
-    "_compute_loss": ["self", "model", "inputs"],
-    "_generate_and_score_completions": ["self", "inputs"],
-    "get_off_policy_mask": [
-        "advantages",
-        "per_token_logps",
-        "sampling_per_token_logps",
-        "mask",
-        "off_policy_threshold",
-    ],
-}
 
 
 class CPPOTrainer(GRPOTrainer):
@@ -78,7 +67,7 @@ class CPPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
-        _check_hooks()
+        check_hooks()
         if args.uses_topk:
             check_kernel()
             for name in ("tools", "rollout_func", "environment_factory"):
@@ -104,7 +93,7 @@ class CPPOTrainer(GRPOTrainer):
         self.evaluation_table: str | None = None  # markdown for the model card
         self._record: Any = None  # metrics of the micro-batches since the last update
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
-            _check_server(self.vllm_generation.vllm_client.get_server_info())
+            check_server(self.vllm_generation.vllm_client.get_server_info())
         if self.accelerator.is_main_process:
             rows = args.schedule()
             width = max(map(len, rows))
@@ -216,23 +205,3 @@ class CPPOTrainer(GRPOTrainer):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             append_sections(Path(self.args.output_dir) / "README.md", self.args.schedule(), self.evaluation_table)
-
-
-def _check_hooks() -> None:
-    for name, expected in _HOOKS.items():
-        method = getattr(GRPOTrainer, name, None)
-        found = list(inspect.signature(method).parameters) if method else None
-        if found != expected:
-            raise RuntimeError(
-                f"GRPOTrainer.{name} of the installed TRL takes {found}, expected {expected}: its loss has changed "
-                "under cppo_trl. Install trl>=1.16,<1.17."
-            )
-
-
-def _check_server(info: dict[str, Any]) -> None:
-    mode = info["model_config"]["logprobs_mode"]
-    if mode != "processed_logprobs":
-        raise ValueError(
-            f"The vLLM server runs with --logprobs-mode {mode}: its log-probs are not those of the distribution "
-            "that it samples from. Restart it with --logprobs-mode processed_logprobs."
-        )

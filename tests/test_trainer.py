@@ -7,6 +7,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import cppo_trl.trainer as seam
 from cppo_trl import CPPOConfig, CPPOTrainer
+from cppo_trl.host_checks import check_server
 from tests.conftest import COMPLETION, full_logps, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile
 
@@ -284,8 +285,8 @@ def test_other_configs_are_refused_with_the_mend(make_trainer):
 
 def test_server_with_raw_logprobs_is_refused():
     with pytest.raises(ValueError, match="processed_logprobs"):
-        seam._check_server({"model_config": {"logprobs_mode": "raw_logprobs"}})
-    seam._check_server({"model_config": {"logprobs_mode": "processed_logprobs"}})
+        check_server({"model_config": {"logprobs_mode": "raw_logprobs"}})
+    check_server({"model_config": {"logprobs_mode": "processed_logprobs"}})
 
 
 def test_default_config_is_a_cppo_config(monkeypatch):
