@@ -368,7 +368,10 @@ def test_bad_arguments_are_named():
 
 def test_soak_with_workers_killed_at_random():
     """Twenty thousand comparisons in batches, while somebody kills a worker every now and then."""
-    choose = random.Random(0)
+    fractions = [
+        (top, scale) for top in range(1, 21) for scale in range(1, 11)
+    ]  # twenty values, each written ten ways
+    pairs = random.Random(0).sample([(gold, answer) for gold in fractions for answer in fractions], 20_000)
     done = threading.Event()
     kills = 0
     with Checker(workers=2) as checker:
@@ -385,15 +388,16 @@ def test_soak_with_workers_killed_at_random():
         thread = threading.Thread(target=kill_now_and_then)
         thread.start()
         try:
-            for _ in range(20):
-                numbers = [(choose.randrange(1, 10_000), choose.randrange(1, 3)) for _ in range(1000)]
-                pairs = [(f"{n}/3", f"\\frac{{{n * off}}}{{3}}") for n, off in numbers]
+            for begin in range(0, len(pairs), 1000):
+                batch = pairs[begin : begin + 1000]
                 answered = []
-                outcomes = checker.check(pairs, progress=answered.append)
-                assert [outcome.why for outcome in outcomes] == [
-                    "equal" if off == 1 else "different" for _, off in numbers
-                ]
-                assert sum(answered) == 1000
+                outcomes = checker.check(
+                    [(f"{a * k}/{7 * k}", f"\\frac{{{b * m}}}{{{7 * m}}}") for (a, k), (b, m) in batch],
+                    progress=answered.append,
+                )
+                expected = ["equal" if gold[0] == answer[0] else "different" for gold, answer in batch]
+                assert [outcome.why for outcome in outcomes] == expected
+                assert answered == [1] * 1000
         finally:
             done.set()
             thread.join()
