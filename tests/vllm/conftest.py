@@ -4,6 +4,7 @@ vLLM must compute in fp32 as the trainer does, or the comparison would measure b
 for oneDNN when it loads them, after which no new weights can be loaded: that is switched off.
 """
 
+import copy
 import os
 import string
 from functools import partial
@@ -84,7 +85,7 @@ def colocate(tmp_path, monkeypatch):
             CPPOConfig(**{**defaults, **fields}),
             train_dataset=tiny_data(),
             processing_class=tokenizer(),
-            peft_config=peft,
+            peft_config=copy.deepcopy(peft),
         )
 
     yield make
