@@ -12,7 +12,7 @@ install: .venv/.installed
 	touch $@
 
 quickstart: install  ## train a small model with CPPO on this machine, no GPU needed
-	OMP_NUM_THREADS=2 $(BIN)/python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed $(SEED)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed $(SEED)
 
 test: install  ## the whole default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
