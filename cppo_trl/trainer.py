@@ -5,6 +5,7 @@ range set to infinity, that hook is all a trust region needs. Three methods are 
 
 1. `_generate_and_score_completions`: the engine's log-probs, where there are any, become the anchor log μ.
 2. `_get_per_token_logps_and_entropies`: inside the loss, once log π is known, the anchor is made safe to divide by.
+   Top-K is read off here, and with vLLM TRL's own pass over the rollout is left out.
 3. `get_off_policy_mask`: the rule; its weight and its metrics.
 """
 
@@ -85,6 +86,7 @@ class CPPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
         self._rule_calls = 0
         self._rollout_step = -1  # the update at which the last rollout was made
+        self._rollout_pass_due = False
         self._rollout_tap: tuple[Tensor, HeadTap] | None = None  # log-probs of the rollout pass, and their Top-K
         self._loss_topk: tuple[Tensor, Tensor] | None = None  # log π and log μ of the listed tokens
         self._engine_topk = (
@@ -102,7 +104,9 @@ class CPPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._rollout_step, self._rollout_tap = self.state.global_step, None
+        if self.model.training:
+            self._rollout_step = self.state.global_step
+        self._rollout_tap, self._rollout_pass_due = None, not self.args.always_on_policy
         output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output:
             output["old_per_token_logps"] = output.pop("sampling_per_token_logps")
@@ -134,8 +138,9 @@ class CPPOTrainer(GRPOTrainer):
             del self._metrics[mode][name]  # TRL's clip is off
         if mode == "eval" or self.accelerator.sync_gradients:
             scalars = summarize(self._record, self.accelerator.gather)
-            if "cppo/divergence/mean" in scalars and self.state.global_step == self._rollout_step:
-                scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]  # the weights have not moved yet
+            weights_unmoved = mode == "eval" or self.state.global_step == self._rollout_step
+            if weights_unmoved and "cppo/divergence/mean" in scalars:
+                scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]
             for name, value in scalars.items():
                 self._metrics[mode][name].append(value)
             self._record = None
@@ -144,9 +149,11 @@ class CPPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         compute, batch = super()._get_per_token_logps_and_entropies, self._loss_inputs
         call = inspect.signature(compute).bind(*args, **kwargs).arguments
-        if batch is None:  # a pass over a new rollout: the first is the rollout policy's, others the reference's
-            first = self._rollout_tap is None and not self.args.always_on_policy
-            if not (self.args.uses_topk and self._engine_topk is None and first):
+        if batch is None:  # over a new rollout: the pass of the rollout policy where one is due, then the reference's
+            is_rollout_pass, self._rollout_pass_due = self._rollout_pass_due, False
+            if is_rollout_pass and self.use_vllm:
+                return None, None, None  # the engine's log-probs are the anchor
+            if not (is_rollout_pass and self.args.uses_topk):
                 return compute(*args, **kwargs)
             with HeadTap(call, k=self.args.cppo_topk) as rollout_tap:
                 result = compute(*args, **kwargs)

@@ -1,3 +1,4 @@
+import functools
 import math
 
 import pytest
@@ -329,6 +330,45 @@ def test_engine_topk_is_the_union_with_the_sampled_token():
     assert with_rank_above_k > 0
     with pytest.raises(RuntimeError, match="0 of 3 responses"):
         recorder.take(completion_ids)
+
+
+@pytest.mark.parametrize("divergence", ["binary_tv", "topk_tv"])
+def test_with_vllm_the_engine_is_the_anchor_and_no_pass_is_made(make_trainer, monkeypatch, divergence):
+    calls = []
+
+    class Engine(FakeEngine):
+        def __init__(self, model, **kwargs):
+            super().__init__(model, None)
+
+        def sync_weights(self):
+            pass
+
+        def generate(self, prompts, **kwargs):
+            self.completions = [[2 + (7 * len(calls) + 3 * i) % 20, 5 + i % 4, 1] for i in range(len(prompts))]
+            return super().generate(prompts)
+
+    class Spy(CPPOTrainer):
+        def _compute_loss(self, model, inputs):
+            calls.append(inputs)
+            return super()._compute_loss(model, inputs)
+
+    compute = CPPOTrainer.__mro__[1]._get_per_token_logps_and_entropies
+    passes = []
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+
+    @functools.wraps(compute)
+    def counted(*args, **kwargs):
+        passes.append(1)
+        return compute(*args, **kwargs)
+
+    monkeypatch.setattr(CPPOTrainer.__mro__[1], "_get_per_token_logps_and_entropies", counted)
+    trainer = make_trainer(Spy, use_vllm=True, cppo_divergence=divergence, max_steps=4, learning_rate=5e-3)
+    trainer.train()
+    assert len(calls) == len(passes) == 4  # one pass for each loss, none for the two rollouts
+    history = trainer.state.log_history
+    assert [h["cppo/rollout_mismatch"] < 1e-6 for h in history if "cppo/rollout_mismatch" in h] == [True, True]
+    assert history[1]["cppo/divergence/mean"] > 1e-3
+    assert ("topk_ids" in calls[0]) == (divergence == "topk_tv")
 
 
 def test_topk_training_raises_the_reward(make_trainer):

@@ -219,6 +219,17 @@ def test_metrics_in_training_and_evaluation(make_trainer):
     assert all(0.02 - 1e-6 <= h["cppo/delta_b"] <= 0.04 + 1e-6 for h in train)
 
 
+def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
+    """Also where an evaluation makes a rollout of its own in between."""
+    fields = {"learning_rate": 5e-3, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 6}
+    trainer = make_trainer(steps_per_generation=3, trainer={"eval_dataset": tiny_data(8)}, **fields)
+    trainer.train()
+    logged = {h["step"]: h.get("cppo/rollout_mismatch") for h in trainer.state.log_history if "loss" in h}
+    assert logged == {1: 0.0, 2: None, 3: None, 4: 0.0, 5: None, 6: None}
+    evaluations = [h for h in trainer.state.log_history if "eval_loss" in h]
+    assert all(h["eval_cppo/rollout_mismatch"] == 0.0 for h in evaluations)
+
+
 def test_metrics_wait_for_the_devices_once_per_update(make_trainer, monkeypatch):
     trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4)
     calls = []
