@@ -61,7 +61,7 @@ def qwen3(layers: int, vocabulary: int = 151_936, hidden: int = 2048) -> Qwen3Fo
 
 
 def peak_memory(device: torch.device, work: Callable[[], Any]) -> float:
-    """Peak memory of ``work`` in GiB: of the device, or the process's resident set sampled every 2 ms."""
+    """Peak memory of ``work`` in GiB: of the device, or the process's resident set sampled every 20 ms."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         work()
@@ -70,7 +70,7 @@ def peak_memory(device: torch.device, work: Callable[[], Any]) -> float:
     process, peak, done = psutil.Process(), [0], threading.Event()
 
     def watch() -> None:
-        while not done.wait(0.002):
+        while not done.wait(0.02):
             peak[0] = max(peak[0], process.memory_info().rss)
 
     thread = threading.Thread(target=watch)
