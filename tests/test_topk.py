@@ -199,7 +199,10 @@ def with_topk(model, batch, k, seed=0):
     return {**batch, "old_per_token_logps": old, "topk_ids": top.indices.int(), "topk_logps": logps}, mu
 
 
-def test_mask_loss_and_gradient_with_topk(make_trainer):
+@pytest.mark.parametrize("compact", [False, True])
+def test_mask_loss_and_gradient_with_topk(make_trainer, monkeypatch, compact):
+    """With every position scored, as TRL does on a CPU, and with the valid ones only, as on a GPU."""
+    monkeypatch.setattr(policy_topk.host, "_use_triton", lambda device: compact)
     trainer = make_trainer(cppo_divergence="topk_tv", cppo_topk=4, cppo_delta=0.1)
     batch, mu = with_topk(trainer.model, injected_batch(trainer.model), k=4)
     mask, advantages = batch["completion_mask"], batch["advantages"]
@@ -226,6 +229,27 @@ def test_mask_loss_and_gradient_with_topk(make_trainer):
     torch.testing.assert_close(loss, (coefficient * mask).sum().div(mask.numel()).detach(), rtol=1e-5, atol=1e-7)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [8, 3])
+def test_rollout_side_is_the_same_where_only_valid_tokens_are_scored(make_trainer, monkeypatch, batch_size):
+    trainer = make_trainer(cppo_divergence="topk_tv", cppo_topk=4)
+    batch = injected_batch(trainer.model)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    read = []
+    for compact in (False, True):
+        monkeypatch.setattr(policy_topk.host, "_use_triton", lambda device, compact=compact: compact)
+        trainer._rollout_pass_due = True
+        with torch.no_grad():
+            trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, COMPLETION, batch_size)
+        read.append(trainer._rollout_tap[1])
+    valid = batch["completion_mask"].bool()
+    assert torch.equal(read[0].ids[valid], read[1].ids[valid])
+    torch.testing.assert_close(read[0].logps, read[1].logps)
+    full = trainer.model(ids, attention_mask=attention).logits[:, 4:-1].log_softmax(-1)
+    torch.testing.assert_close(read[0].logps[valid], full.topk(4).values[valid])
+    assert (read[1].logps[~valid] == -torch.inf).all()
 
 
 def test_where_trl_skips_the_rollout_pass_so_do_we(make_trainer):
