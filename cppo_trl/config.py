@@ -275,6 +275,10 @@ class CPPOConfig(GRPOConfig):
             doubts.append(
                 "bf16 log-probs carry noise of the order of delta_b: cast_lm_head_to_fp32=True removes the head's part"
             )
+        if self.scale_rewards != "none":
+            doubts.append(f"scale_rewards={self.scale_rewards!r}: the authors' recipes do not divide by the deviation")
+        if self.mask_truncated_completions:
+            doubts.append("mask_truncated_completions: truncated responses leave the loss, not dr_grpo's normaliser")
         ignored = [f for f in type(self).__dataclass_fields__ if f.startswith(("sapo_", "vespo_"))]
         ignored += ["vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"]
         changed = [f for f in ignored if getattr(self, f) != type(self).__dataclass_fields__[f].default]

@@ -95,6 +95,8 @@ def test_what_contradicts_the_rule_is_refused_by_name(fields, named):
         ({"disable_dropout": False}, "dropout"),
         ({"bf16": True}, "cast_lm_head_to_fp32"),
         ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg"),
+        ({"scale_rewards": "group"}, "scale_rewards"),
+        ({"mask_truncated_completions": True}, "mask_truncated_completions"),
     ],
 )
 def test_doubtful_settings_warn_once(fields, warned):

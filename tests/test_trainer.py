@@ -1,8 +1,10 @@
+import copy
 import math
 
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import cppo_trl.trainer as seam
@@ -113,6 +115,25 @@ def test_without_limits_training_is_trl_s_grpo_without_clipping(make_trainer, tm
     losses = [[h["loss"] for h in t.state.log_history if "loss" in h] for t in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-7)
     assert len(losses[0]) == 4
+
+
+def test_moe_auxiliary_loss_entropy_bonus_and_completions_table_stay(make_trainer, tmp_path):
+    torch.manual_seed(0)
+    shape = {"vocab_size": 23, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 16}
+    shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts": 4, "moe_intermediate_size": 16}
+    shape |= {"num_experts_per_tok": 2}
+    moe = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**shape, output_router_logits=True, initializer_range=0.4, pad_token_id=0)
+    )
+    fields = {"entropy_coef": 0.01, "scale_rewards": "none", "loss_type": "dapo", "log_completions": True}
+    ours = make_trainer(model=copy.deepcopy(moe), cppo_delta=math.inf, steps_per_generation=2, **fields)
+    ours.train()
+    theirs = make_trainer(GRPOTrainer, GRPOConfig, model=moe, epsilon=1e6, steps_per_generation=2, **fields)
+    theirs.train()
+    for name, parameter in theirs.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], parameter, rtol=1e-5, atol=1e-6)
+    assert ours.state.log_history[0]["aux_loss"] == pytest.approx(theirs.state.log_history[0]["aux_loss"])
+    assert list((tmp_path / "completions").glob("*.parquet"))
 
 
 def test_masked_tokens_bring_no_nan_whatever_their_ratio(make_trainer):
