@@ -20,7 +20,9 @@ _SAMPLING_KEYS = frozenset(
     (
         "temperature do_sample num_beams n top_p top_k top_h min_p typical_p epsilon_cutoff eta_cutoff logprobs "
         "repetition_penalty presence_penalty frequency_penalty no_repeat_ngram_size bad_words bad_words_ids "
-        "sequence_bias logit_bias allowed_token_ids structured_outputs"
+        "sequence_bias logit_bias allowed_token_ids structured_outputs suppress_tokens begin_suppress_tokens "
+        "min_length min_new_tokens min_tokens forced_bos_token_id forced_eos_token_id guidance_scale "
+        "encoder_repetition_penalty exponential_decay_length_penalty penalty_alpha top_n_sigma"
     ).split()
 )
 """Keys of ``generation_kwargs`` that change what is sampled, or which log-probs the engine returns."""
@@ -121,7 +123,7 @@ class CPPOConfig(GRPOConfig):
     @property
     def uses_budget(self) -> bool:
         """Whether the rule has a prefix budget that can bind."""
-        return self.trust_region == "cppo" and self.cppo_delta_b != math.inf
+        return self.trust_region == "cppo" and math.inf not in (self.cppo_delta, self.cppo_delta_b)
 
     @property
     def updates_per_rollout(self) -> float:
@@ -142,12 +144,12 @@ class CPPOConfig(GRPOConfig):
         """What will happen, in words, row by row: the table printed when training starts."""
         assert self.cppo_delta_b is not None  # set by __post_init__
         responses = self.generation_batch_size
-        if self.always_on_policy:
-            off_policy = "never"
-        elif self.updates_per_rollout.is_integer():
-            off_policy = f"update 2 of {self.updates_per_rollout:g}"
+        each_reward = self.multi_objective_aggregation == "normalize_then_sum"  # TRL then ignores scale_rewards
+        scale = "group for each reward, then batch" if each_reward else self.scale_rewards
+        if self.use_vllm:
+            off_policy = "update 1, by the engine's numerical noise"
         else:
-            off_policy = "the first update that spans two rollouts"
+            off_policy = "never" if self.always_on_policy else "update 2"
         estimator = self.cppo_divergence + (f" (K = {self.cppo_topk})" if self.uses_topk else "")
         rule = f"{self.trust_region}, {estimator}, delta {self.cppo_delta:g}"
         if self.trust_region == "cppo":
@@ -165,7 +167,7 @@ class CPPOConfig(GRPOConfig):
             + (f" ({self.num_iterations} passes)" if self.num_iterations > 1 else ""),
             "off-policy from": off_policy,
             "trust region": rule,
-            "loss": f"{self.loss_type}, advantages scaled by: {self.scale_rewards}, beta {self.beta:g}",
+            "loss": f"{self.loss_type}, advantages scaled by: {scale}, beta {self.beta:g}",
         }
 
     def _check_rule(self) -> None:
@@ -241,7 +243,8 @@ class CPPOConfig(GRPOConfig):
             ("vllm_structured_outputs_regex", None, unbiased),
         ):
             value = getattr(self, name)
-            if value != neutral and not (name == "min_p" and value == 0):
+            off = value == neutral or (name == "min_p" and value == 0) or (name == "top_k" and value is None)
+            if not off:
                 raise ValueError(
                     f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
                 )
@@ -252,6 +255,11 @@ class CPPOConfig(GRPOConfig):
             raise ValueError(
                 f"generation_kwargs sets {clash}: the rollout log-probs would no longer be those of the sampling "
                 "policy. Remove them (the temperature has its own field)."
+            )
+        if self.uses_topk and self.torch_compile:
+            raise ValueError(
+                f"torch_compile=True with cppo_divergence={self.cppo_divergence!r}: Top-K is read off the head as it "
+                "runs uncompiled. Set torch_compile to false, or cppo_divergence to binary_tv or binary_kl."
             )
         if self.use_transformers_continuous_batching and (self.bf16 is not False or self.fp16):
             raise ValueError(
@@ -264,11 +272,15 @@ class CPPOConfig(GRPOConfig):
         doubts = []
         if self.always_on_policy and not self.use_vllm:
             doubts.append(
-                "every update is on-policy (the mask keeps all tokens): raise steps_per_generation above "
-                f"gradient_accumulation_steps={self.gradient_accumulation_steps}, or num_iterations above 1"
+                "every update is on-policy, so the mask keeps all tokens (unless a rollout_func returns log-probs): "
+                f"raise steps_per_generation above gradient_accumulation_steps={self.gradient_accumulation_steps}, or "
+                "num_iterations above 1"
             )
         if self.beta != 0.0:
-            doubts.append("beta != 0: the KL term to the reference also acts on masked tokens")
+            doubts.append(
+                "beta != 0: the KL term to the reference also acts on masked tokens, and with "
+                "use_bias_correction_kl=True it is multiplied by their ratio, which no mask or cap bounds"
+            )
         if not self.disable_dropout:
             doubts.append("disable_dropout=False: dropout noise counts as divergence from the rollout policy")
         if self.bf16 and not self.cast_lm_head_to_fp32:

@@ -7,8 +7,8 @@ gradient. Equation numbers are those of DPPO (arXiv 2602.04879), whose estimator
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 80.0
-"""Largest log-ratio log(π/μ) that reaches the loss: e^80 is finite in fp32, e^89 is not."""
+MAX_LOG_RATIO = 20.0
+"""Largest log-ratio log(π/μ) that reaches the loss, as in the authors' UniRL code; beyond it only overflow waits."""
 
 _MIN_REST = 1e-12  # floor of 1 - p: a log-prob that fp32 rounds to 0 still leaves some probability to the others
 _MIN_LOGP = -87.0  # floor of log p: e^-87 is about the smallest normal fp32 number

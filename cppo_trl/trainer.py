@@ -12,6 +12,7 @@ range set to infinity, that hook is all a trust region needs. Three methods are 
 import inspect
 import math
 import textwrap
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,22 @@ class CPPOTrainer(GRPOTrainer):
         check_hooks()
         if args.uses_topk:
             check_kernel()
+            given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
             for name in ("tools", "rollout_func", "environment_factory"):
-                if kwargs.get(name):
+                if given.arguments.get(name):
                     raise ValueError(
-                        f"{name} with cppo_divergence={args.cppo_divergence!r}: the rollout's Top-K log-probs are not "
-                        "available there. Set cppo_divergence to binary_tv or binary_kl."
+                        f"{name} with cppo_divergence={args.cppo_divergence!r}: rollouts of several turns, or "
+                        "of one's own, are not supported with Top-K. Set cppo_divergence to binary_tv or binary_kl."
                     )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        vocabulary = self.model.config.get_text_config().vocab_size
+        text_config = self.model.config.get_text_config()
+        vocabulary = text_config.vocab_size
+        if args.disable_dropout and getattr(text_config, "attention_dropout", None):
+            warnings.warn(
+                f"attention_dropout={text_config.attention_dropout} in the model's config stays on and counts as "
+                'divergence from the rollout policy. Set model_init_kwargs={"attention_dropout": 0.0}.',
+                stacklevel=2,
+            )
         if args.uses_topk and args.cppo_topk > vocabulary:
             raise ValueError(f"cppo_topk={args.cppo_topk} exceeds the model's vocabulary of {vocabulary}: lower it.")
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
@@ -104,8 +113,8 @@ class CPPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training:
-            self._rollout_step = self.state.global_step
+        if self.model.training:  # inside an accumulation window the record already holds older responses
+            self._rollout_step = self.state.global_step if self._record is None else -1
         self._rollout_tap, self._rollout_pass_due = None, not self.args.always_on_policy
         output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output:
@@ -151,7 +160,7 @@ class CPPOTrainer(GRPOTrainer):
         call = inspect.signature(compute).bind(*args, **kwargs).arguments
         if batch is None:  # over a new rollout: the pass of the rollout policy where one is due, then the reference's
             is_rollout_pass, self._rollout_pass_due = self._rollout_pass_due, False
-            if is_rollout_pass and self.use_vllm:
+            if is_rollout_pass and self.use_vllm and self.rollout_func is None:
                 return None, None, None  # the engine's log-probs are the anchor
             if not (is_rollout_pass and self.args.uses_topk):
                 return compute(*args, **kwargs)
@@ -162,8 +171,12 @@ class CPPOTrainer(GRPOTrainer):
         tap = HeadTap(call, ids=batch["topk_ids"]) if "topk_ids" in batch else None
         with tap or nullcontext():
             result = compute(*args, **kwargs)
-        self._loss_topk = (tap.logps, batch["topk_logps"]) if tap else None
-        batch["old_per_token_logps"] = anchor_logps(result[0], batch.get("old_per_token_logps"))
+        rollout_logps: Any = batch.get("old_per_token_logps")
+        self._loss_topk = None
+        if tap:
+            unknown = rollout_logps.isnan().unsqueeze(-1)
+            self._loss_topk = tap.logps, batch["topk_logps"].masked_fill(unknown, math.nan)
+        batch["old_per_token_logps"] = anchor_logps(result[0], rollout_logps)
         return result
 
     def _divergence(self, logps: Tensor, rollout_logps: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -176,7 +189,7 @@ class CPPOTrainer(GRPOTrainer):
         others, rollout_others = self._loss_topk
         listed = torch.cat([logps.detach().unsqueeze(-1), others], -1)
         rollout_listed = torch.cat([rollout_logps.unsqueeze(-1), rollout_others], -1)
-        return estimator(listed, rollout_listed), rollout_listed.exp().sum(-1)
+        return estimator(listed, rollout_listed), rollout_listed.exp().sum(-1).nan_to_num(nan=0.0)
 
     @torch.no_grad()
     def get_off_policy_mask(  # a static method upstream

@@ -130,7 +130,7 @@ def cppo_mask(
     weighted = weights * divergence.float().masked_fill(~mask, 0.0)  # w_t D_t
     prefix_divergence = weighted.cumsum(-1)  # S_t
     prefix_weight = weights.cumsum(-1).roll(1, -1)  # W_{t-1}
-    prefix_weight[..., 0] = 0.0
+    prefix_weight[..., :1] = 0.0
     allowance = (delta_b * prefix_weight).nan_to_num(nan=0.0, posinf=torch.inf)  # inf * W_0 is 0: no prefix yet
     inside = (weighted <= delta) & (prefix_divergence <= delta + allowance)
     return mask & (inside | ~moves_away(advantages, log_ratio))

@@ -43,7 +43,7 @@ class RolloutProgress(TrainerCallback):
     """One progress bar over rollouts, with reward and masked share."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=state.max_steps // args.steps_per_generation, desc="CPPO training", unit="rollout")
+        self.bar = tqdm(total=round(state.max_steps / args.updates_per_rollout), desc="CPPO training", unit="rollout")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "reward" in logs:

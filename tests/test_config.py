@@ -44,6 +44,7 @@ def test_schedule(fields, steps, updates, on_policy):
     assert config.steps_per_generation == steps
     assert config.updates_per_rollout == updates
     assert config.always_on_policy == on_policy
+    assert config.schedule()["off-policy from"] == ("never" if on_policy else "update 2")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,10 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"temperature": 0.0}, "temperature must be > 0"),
         ({"generation_kwargs": {"logprobs": 20}}, r"generation_kwargs sets \['logprobs'\]"),
         ({"generation_kwargs": '{"top_p": 0.5}'}, r"generation_kwargs sets \['top_p'\]"),
+        ({"generation_kwargs": {"min_new_tokens": 5}}, r"generation_kwargs sets \['min_new_tokens'\]"),
+        ({"cppo_divergence": "topk_tv", "torch_compile": True}, "torch_compile=True with cppo_divergence='topk_tv'"),
+        ({"cppo_divergence": "topk_tv", "cppo_topk": 0}, "cppo_topk must be >= 1"),
+        ({"cppo_topk": 5}, "cppo_topk must be left at 20"),
         ({"use_transformers_continuous_batching": True, "bf16": True}, "continuous_batching .*bf16"),
     ],
 )
@@ -115,5 +120,6 @@ def test_a_sound_setting_does_not_warn():
 def test_infinite_limits_and_fixed_budget_are_legal():
     config = make(cppo_delta=math.inf, cppo_delta_b=math.inf, cppo_w_min=1.0, cppo_delta_b_quantile=None)
     assert not config.uses_budget
+    assert not make(cppo_delta=math.inf).uses_budget  # delta is the budget's slack
     assert "quantile" not in config.schedule()["trust region"]
     assert "fixed" in make(cppo_delta_b_quantile=None).schedule()["trust region"]

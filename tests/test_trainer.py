@@ -136,9 +136,12 @@ def test_moe_auxiliary_loss_entropy_bonus_and_completions_table_stay(make_traine
     assert list((tmp_path / "completions").glob("*.parquet"))
 
 
-def test_masked_tokens_bring_no_nan_whatever_their_ratio(make_trainer):
-    trainer = make_trainer()
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_masked_tokens_bring_no_nan_whatever_their_ratio(make_trainer, tmp_path, beta):
+    tiny_model().save_pretrained(tmp_path / "model")
+    trainer = make_trainer(model=str(tmp_path / "model"), beta=beta)
     batch = injected_batch(trainer.model)
+    batch["ref_per_token_logps"] = batch["old_per_token_logps"] - 0.1
     batch["advantages"] = batch["advantages"].abs() + 0.1
     _, clean = gradients(trainer, batch)
     hostile = dict(batch, old_per_token_logps=batch["old_per_token_logps"].clone())
@@ -148,6 +151,7 @@ def test_masked_tokens_bring_no_nan_whatever_their_ratio(make_trainer):
     loss, found = gradients(trainer, hostile)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in found.values())
+    assert torch.nn.utils.get_total_norm(found.values()).isfinite()
     assert any(not torch.equal(clean[n], found[n]) for n in clean)
     assert torch.equal(
         hostile["old_per_token_logps"].isnan(), (torch.arange(96) == 4 * 12 + 1).view(8, 12)
@@ -209,6 +213,36 @@ def test_the_ratio_is_taken_against_the_engine(make_trainer):
     assert "cppo/divergence/mean" in trainer.state.log_history[0]
 
 
+def test_vllm_with_a_rollout_func_that_gives_no_logprobs_scores_the_rollout_itself(make_trainer, monkeypatch):
+    class Engine:
+        def __init__(self, **kwargs):
+            pass
+
+        def sync_weights(self):
+            pass
+
+    def rollout_func(prompts, trainer):
+        ids = [trainer.processing_class(p)["input_ids"] for p in prompts]
+        return {
+            "prompt_ids": ids,
+            "completion_ids": [[5, 6, 7 + i % 3 * 3] for i in range(len(ids))],
+            "logprobs": None,
+        }
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    fields = {"use_vllm": True, "steps_per_generation": 4, "learning_rate": 5e-3}
+    trainer = make_trainer(trainer={"rollout_func": rollout_func}, **fields)
+    trainer.train()
+    means = [h["cppo/divergence/mean"] for h in trainer.state.log_history if "loss" in h]
+    assert means[0] == 0.0
+    assert min(means[1:]) > 1e-4
+
+
+def test_attention_dropout_is_named(make_trainer):
+    with pytest.warns(UserWarning, match="attention_dropout=0.3"):
+        make_trainer(model=tiny_model(attention_dropout=0.3))
+
+
 def test_metrics_in_training_and_evaluation(make_trainer):
     names = {"masked", "masked_by_threshold", "masked_by_budget", "toward_rollout", "delta_b", "masked_positive"}
     names |= {"masked_negative", "divergence/mean", "divergence/p90", "divergence/max", "ratio/mean", "ratio/max"}
@@ -246,6 +280,17 @@ def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
     trainer = make_trainer(steps_per_generation=3, trainer={"eval_dataset": tiny_data(8)}, **fields)
     trainer.train()
     logged = {h["step"]: h.get("cppo/rollout_mismatch") for h in trainer.state.log_history if "loss" in h}
+    assert logged == {1: 0.0, 2: None, 3: None, 4: 0.0, 5: None, 6: None}
+    # a window that spans two rollouts: only the first of three updates is on the rollout policy throughout
+    spanning = make_trainer(
+        steps_per_generation=3,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        **fields,
+        trainer={"eval_dataset": tiny_data(8)},
+    )
+    spanning.train()
+    logged = {h["step"]: h.get("cppo/rollout_mismatch") for h in spanning.state.log_history if "loss" in h}
     assert logged == {1: 0.0, 2: None, 3: None, 4: 0.0, 5: None, 6: None}
     evaluations = [h for h in trainer.state.log_history if "eval_loss" in h]
     assert all(h["eval_cppo/rollout_mismatch"] == 0.0 for h in evaluations)
@@ -289,7 +334,7 @@ def test_start_up_table(make_trainer, capsys):
     make_trainer(steps_per_generation=4)
     table = capsys.readouterr().out
     assert "8 prompts x 4 responses = 32" in table
-    assert "update 2 of 4" in table
+    assert "off-policy from      update 2" in table
     assert "cppo, binary_tv, delta 0.15, w_min 0.8, delta_b 0.02 to 0.04" in table
 
 

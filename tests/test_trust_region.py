@@ -3,6 +3,8 @@ import math
 import pytest
 import torch
 
+from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
+from cppo_trl.metrics import loss_record
 from cppo_trl.trust_region import (
     cppo_mask,
     dppo_mask,
@@ -177,20 +179,15 @@ def test_sign_is_that_of_the_log_ratio():
 
 
 def test_prefix_sums_of_long_responses():
-    # a budget crossed exactly once: S_t = t D against delta + delta_b (t - 1) with D = 0.0104, w = 1
-    length, d, delta_b, delta = 32_768, 0.0104, 0.01, 0.15
-    divergence = torch.full((2, length), d)
-    keep = cppo_mask(
-        divergence,
-        torch.ones(2),
-        torch.ones(2, length),
-        torch.ones(2, length),
-        delta=delta,
-        w_min=1.0,
-        delta_b=delta_b,
-    )
-    first_out = math.floor((delta - delta_b) / (d - delta_b)) + 1  # smallest t with t d > delta + delta_b (t - 1)
-    assert keep[0].sum() == first_out - 1
+    # a budget crossed late: S_t = t D against delta + delta_b (t - 1), w = 1, at t = 30,000 where S is 300
+    length, delta_b, delta = 32_768, 0.01, 0.15
+    d = delta_b + (delta - delta_b) / 30_000
+    ones = torch.ones(2, length)
+    keep = cppo_mask(d * ones, torch.ones(2), ones, ones, delta=delta, w_min=1.0, delta_b=delta_b)
+    drift = 1e-6 * 300 / (d - delta_b)  # tokens that an error of 1e-6 in a sum moves the crossing by
+    assert 2 * drift < 200
+    assert keep[:, :29_800].all()
+    assert not keep[:, 30_200:].any()
     # and the sums themselves against fp64
     torch.manual_seed(0)
     values = torch.rand(4, length) * 0.05
@@ -264,4 +261,10 @@ def test_rules_never_wait_for_the_device():
     divergence, _, log_ratio, mask = args
     keep = cppo_mask(*args, delta=0.1, w_min=0.8, delta_b=prefix_budget(divergence, mask, 0.01))
     assert keep.shape == mask.shape
+    for estimator in (binary_tv, binary_kl):
+        assert estimator(anchor_logps(log_ratio, log_ratio), log_ratio).shape == mask.shape
+    for estimator in (topk_tv, topk_kl):
+        assert estimator(*[log_ratio.unsqueeze(-1)] * 2).shape == mask.shape
+    budget = prefix_budget(divergence, mask, 0.01)
+    assert loss_record(*args, keep, keep, budget, topk_mass=log_ratio).dim() == 1
     assert dppo_mask(*args, delta=0.1).device.type == ratio_cap_weight(log_ratio, 20.0).device.type == "meta"
