@@ -130,7 +130,7 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
         seam.HeadTap = HeadTap  # type: ignore[misc]
 
     def rollout_pass(divergence: str) -> None:
-        config.cppo_divergence, trainer._rollout_tap = divergence, None
+        config.cppo_divergence, trainer._rollout_pass_due = divergence, True
         with torch.no_grad():
             trainer._get_per_token_logps_and_entropies(trainer.model, inputs, torch.ones_like(inputs), length)
 
