@@ -224,4 +224,7 @@ class CPPOTrainer(GRPOTrainer):
         """Write the model card: TRL's, with the rule's numbers and `evaluation_table` where one is set."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            append_sections(Path(self.args.output_dir) / "README.md", self.args.schedule(), self.evaluation_table)
+            prompt = next(iter(self.train_dataset)).get("prompt")
+            plain_prompt = prompt if isinstance(prompt, str) else None
+            card = Path(self.args.output_dir) / "README.md"
+            append_sections(card, self.args.schedule(), self.evaluation_table, plain_prompt)

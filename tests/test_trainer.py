@@ -327,6 +327,11 @@ def test_model_card_names_the_method_and_its_numbers(make_trainer, tmp_path):
     assert "delta 0.15, w_min 0.8, delta_b 0.02" in card
     assert "| 0.1 | 0.9 |" in card
     assert "huggingface.co/None" not in card
+    example = card.split("```python")[1].split("```")[0]
+    trainer.save_model()
+    printed = []
+    exec(example.replace(', device_map="auto"', ""), {"print": printed.append})  # the card's example runs
+    assert len(printed) == 1
     assert {"trl", "cppo"} <= set(trainer.model.model_tags)
 
 
