@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def worker_pids(checker):
-    return {child.process.pid for child in checker._children}
+    return {child.process.pid for child in list(checker._children)}  # its threads change the set
 
 
 def is_running(pid):
@@ -367,38 +367,31 @@ def test_bad_arguments_are_named():
 
 
 def test_soak_with_workers_killed_at_random():
-    """Twenty thousand comparisons in batches, while somebody kills a worker every now and then."""
+    """Twenty thousand comparisons in batches; somewhere in each, somebody kills a worker."""
     fractions = [
         (top, scale) for top in range(1, 21) for scale in range(1, 11)
     ]  # twenty values, each written ten ways
     pairs = random.Random(0).sample([(gold, answer) for gold in fractions for answer in fractions], 20_000)
-    done = threading.Event()
+    killer = random.Random(1)
     kills = 0
     with Checker(workers=2) as checker:
+        for begin in range(0, len(pairs), 1000):
+            batch = pairs[begin : begin + 1000]
+            answered = []
+            strike_at = killer.randint(1, 900)
 
-        def kill_now_and_then():
-            nonlocal kills
-            killer = random.Random(1)
-            while not done.wait(killer.uniform(0.5, 2.0)):
-                pids = sorted(worker_pids(checker))
-                if pids:
+            def count_and_strike(number, answered=answered, strike_at=strike_at):
+                nonlocal kills
+                answered.append(number)
+                if len(answered) == strike_at and (pids := sorted(worker_pids(checker))):
                     os.kill(killer.choice(pids), signal.SIGKILL)
                     kills += 1
 
-        thread = threading.Thread(target=kill_now_and_then)
-        thread.start()
-        try:
-            for begin in range(0, len(pairs), 1000):
-                batch = pairs[begin : begin + 1000]
-                answered = []
-                outcomes = checker.check(
-                    [(f"{a * k}/{7 * k}", f"\\frac{{{b * m}}}{{{7 * m}}}") for (a, k), (b, m) in batch],
-                    progress=answered.append,
-                )
-                expected = ["equal" if gold[0] == answer[0] else "different" for gold, answer in batch]
-                assert [outcome.why for outcome in outcomes] == expected
-                assert answered == [1] * 1000
-        finally:
-            done.set()
-            thread.join()
-    assert kills > 3
+            outcomes = checker.check(
+                [(f"{a * k}/{7 * k}", f"\\frac{{{b * m}}}{{{7 * m}}}") for (a, k), (b, m) in batch],
+                progress=count_and_strike,
+            )
+            expected = ["equal" if gold[0] == answer[0] else "different" for gold, answer in batch]
+            assert [outcome.why for outcome in outcomes] == expected
+            assert answered == [1] * 1000
+    assert kills >= 10
