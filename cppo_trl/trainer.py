@@ -13,7 +13,6 @@ import inspect
 import math
 import textwrap
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -157,25 +156,26 @@ class CPPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         compute, batch = super()._get_per_token_logps_and_entropies, self._loss_inputs
-        call = inspect.signature(compute).bind(*args, **kwargs).arguments
         if batch is None:  # over a new rollout: the pass of the rollout policy where one is due, then the reference's
             is_rollout_pass, self._rollout_pass_due = self._rollout_pass_due, False
             if is_rollout_pass and self.use_vllm and self.rollout_func is None:
                 return None, None, None  # the engine's log-probs are the anchor
             if not (is_rollout_pass and self.args.uses_topk):
                 return compute(*args, **kwargs)
+            call = inspect.signature(compute).bind(*args, **kwargs).arguments
             with HeadTap(call, k=self.args.cppo_topk) as rollout_tap:
                 result = compute(*args, **kwargs)
             self._rollout_tap = (result[0], rollout_tap)
             return result
-        tap = HeadTap(call, ids=batch["topk_ids"]) if "topk_ids" in batch else None
-        with tap or nullcontext():
-            result = compute(*args, **kwargs)
         rollout_logps: Any = batch.get("old_per_token_logps")
-        self._loss_topk = None
-        if tap:
+        if "topk_ids" in batch:
+            call = inspect.signature(compute).bind(*args, **kwargs).arguments
+            with HeadTap(call, ids=batch["topk_ids"]) as tap:
+                result = compute(*args, **kwargs)
             unknown = rollout_logps.isnan().unsqueeze(-1)
             self._loss_topk = tap.logps, batch["topk_logps"].masked_fill(unknown, math.nan)
+        else:
+            result, self._loss_topk = compute(*args, **kwargs), None
         batch["old_per_token_logps"] = anchor_logps(result[0], rollout_logps)
         return result
 

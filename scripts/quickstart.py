@@ -54,8 +54,8 @@ class RolloutProgress(TrainerCallback):
         self.bar.close()
 
 
-def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
-    """Make, or find from an earlier run, the data set and the warm-started model; return their directories."""
+def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path, datasets.Dataset]:
+    """Make, or find from an earlier run, data and warm start; return both directories and the held-out split."""
     directory = Path(task.task_dir) / f"seed-{seed}"
     if task != TaskArguments(task.task_dir):
         directory = directory.with_name("-".join(str(value) for value in (*astuple(task)[1:], "seed", seed)))
@@ -79,7 +79,7 @@ def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
             steps=task.warm_start_steps,
         )
         unfinished.rename(model)
-    return data, model
+    return data, model, test
 
 
 def keep_earlier_run(output_dir: Path) -> None:
@@ -99,10 +99,9 @@ def main() -> None:
     task, script, config, model_args, mixture = parser.parse_args_and_config()
     output_dir = Path(config.output_dir)
     keep_earlier_run(output_dir)
-    data, warm_start = prepare_task(task, config.seed)
+    data, warm_start, test = prepare_task(task, config.seed)
     script.dataset_name, model_args.model_name_or_path = str(data), str(warm_start)
     tokenizer = AutoTokenizer.from_pretrained(warm_start)
-    test = arithmetic.problems(task.test_problems, task.terms, config.seed)
 
     def held_out(model: Any) -> Accuracy:
         return evaluate(

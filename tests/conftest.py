@@ -13,6 +13,15 @@ from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 
 PROMPTS, COMPLETION, VOCABULARY = 8, 12, 23
+SMALL_RUN = {  # fields of every trainer made on the spot
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": [],
+    "disable_tqdm": True,
+}
 
 
 def tiny_model(seed=0, **overrides):
@@ -58,13 +67,7 @@ def make_trainer(tmp_path):
             "max_completion_length": COMPLETION,
             "learning_rate": 1e-3,
             "max_steps": 4,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
+            **SMALL_RUN,
         }
         return cls(
             model if model is not None else tiny_model(),

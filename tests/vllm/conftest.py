@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cppo_trl import CPPOConfig
-from tests.conftest import digit_reward, tiny_data
+from tests.conftest import SMALL_RUN, digit_reward, tiny_data
 
 ALPHABET = ["<pad>", "<eos>", *string.digits, *"+=", *string.ascii_letters]  # 66: many tokens rank beyond 20
 
@@ -71,13 +71,7 @@ def colocate(tmp_path, monkeypatch):
             "max_completion_length": 12,
             "learning_rate": 1e-2,
             "max_steps": 6,
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": [],
-            "disable_tqdm": True,
+            **SMALL_RUN,
         }
         return cls(
             str(tmp_path / "model"),
