@@ -7,9 +7,19 @@ Fields of the recipe are those of `cppo_trl.CPPOConfig`, `trl.ModelConfig`, `trl
 `cppo_trl.training.CPPOScriptArguments`; the command line wins over the file, and unknown fields are refused.
 """
 
+import gc
+
 from cppo_trl.training import parse_arguments, train
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Train as the recipe says."""
     trainer = train(*parse_arguments())
     trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
     trainer.end()
+    del trainer
+    gc.collect()  # a process group that the wrapped model keeps alive must not outlast the interpreter
+
+
+if __name__ == "__main__":
+    main()
