@@ -7,14 +7,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
-TRUST_REGIONS = ("cppo", "dppo")
-PAPER_THRESHOLDS = {
-    "binary_tv": (0.15, 0.02),
-    "binary_kl": (0.1, 0.002),
-    "topk_tv": (0.15, 0.02),
-    "topk_kl": (0.1, 0.002),
-}
-"""(δ, δ_b) of the paper by estimator: Table 3 (dense models, Base) for TV, section 4.3 for KL."""
+from cppo_trl.rules import ESTIMATORS, RULES, Rule
+
+TRUST_REGIONS = tuple(RULES)
 
 _SAMPLING_KEYS = frozenset(
     (
@@ -45,33 +40,50 @@ class CPPOConfig(GRPOConfig):
     * ``vllm_importance_sampling_correction=False``: the ratio already is π/μ; TRL's factor would correct twice.
 
     Args:
-        trust_region: ``"cppo"`` or ``"dppo"`` (one threshold for all positions, no budget).
+        trust_region: ``"cppo"``; ``"cppo_soft"``, its soft gate (appendix C); ``"dppo"``, one threshold for all
+            positions and no budget; ``"trm_max"`` and ``"trm_avg"``, whole responses rejected by the maximum or the
+            mean of D_t; ``"minpro"``, ``"cispo"`` and ``"grpo"`` (Clip-Higher), bounds on the sampled ratio; or
+            ``"none"``. A field below that the rule does not read must stay at its default.
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
-            runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy.
+            runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for
+            ``"binary_tv"``, and for ``"topk_kl"`` under TRM, which is stated in the exact KL.
         cppo_topk: K of the Top-K estimators, 20 in the paper and at most 20 with a colocated vLLM.
-        cppo_delta: threshold δ > 0; None for the paper's value (0.15 TV, 0.1 KL); inf switches the rule off.
+        cppo_delta: threshold δ > 0; None for the value of the rule's own paper (CPPO: 0.15 TV, 0.1 KL; DPPO: 0.15
+            TV, 0.05 KL; TRM-Max: 0.05 KL; TRM-Avg: 0.001 KL); inf switches the rule off.
         cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
             switches the budget off.
         cppo_w_min: weight of the last token in (0, 1]; 1 switches the position weight off.
         cppo_delta_b_quantile: quantile q of Eq. (22) in [0, 1]; None for a fixed budget (the paper's choice, with
             0.015, for the post-trained Qwen3-1.7B).
         cppo_delta_b_max_multiple: ceiling of Eq. (22) in multiples of the floor, >= 1.
+        cppo_shuffle_weights: give each response its position weights in a random order, drawn from ``seed`` with
+            each rollout (an ablation).
+        cppo_ratio_min: lower bound 1 - ε_low on the ratio, in [0, 1], of minpro (0.8), cispo (0, no bound) and grpo
+            (0.8); None for these values.
+        cppo_ratio_max: upper bound 1 + ε_high on the ratio, >= 1, of minpro (1.28), cispo (1.2) and grpo (1.28);
+            None for these values.
         cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
+        skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normaliser,
+            as the paper does.
 
     Raises:
         ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
     """
 
     trust_region: str = field(
-        default="cppo", metadata={"help": "Trust region: 'cppo' or 'dppo'.", "choices": list(TRUST_REGIONS)}
+        default="cppo",
+        metadata={"help": f"Trust region: one of {', '.join(TRUST_REGIONS)}.", "choices": list(TRUST_REGIONS)},
     )
-    cppo_divergence: str = field(
-        default="binary_tv",
-        metadata={"help": "Estimator of D_t: binary or Top-K, TV or KL.", "choices": list(PAPER_THRESHOLDS)},
+    cppo_divergence: str | None = field(
+        default=None,
+        metadata={
+            "help": "Estimator of D_t: binary or Top-K, TV or KL; null: binary_tv, and topk_kl under TRM.",
+            "choices": list(ESTIMATORS),
+        },
     )
     cppo_topk: int = field(default=20, metadata={"help": "K of the Top-K estimators."})
     cppo_delta: float | None = field(
-        default=None, metadata={"help": "Threshold; null: 0.15 for TV, 0.1 for KL; .inf: off."}
+        default=None, metadata={"help": "Threshold; null: that of the rule's own paper; .inf: off."}
     )
     cppo_delta_b: float | None = field(
         default=None, metadata={"help": "Prefix budget (floor); null: 0.02 for TV, 0.002 for KL; .inf: off."}
@@ -84,9 +96,23 @@ class CPPOConfig(GRPOConfig):
     cppo_delta_b_max_multiple: float = field(
         default=2.0, metadata={"help": "Ceiling of the budget, in multiples of cppo_delta_b."}
     )
+    cppo_shuffle_weights: bool = field(
+        default=False, metadata={"help": "Position weights in a random order for each response (an ablation)."}
+    )
+    cppo_ratio_min: float | None = field(
+        default=None, metadata={"help": "1 - epsilon_low of minpro, cispo and grpo; null: 0.8, 0 and 0.8."}
+    )
+    cppo_ratio_max: float | None = field(
+        default=None, metadata={"help": "1 + epsilon_high of minpro, cispo and grpo; null: 1.28, 1.2 and 1.28."}
+    )
     cppo_ratio_cap: float | None = field(
         default=None,
         metadata={"help": "Cap on the ratio, by a detached weight min(1, cap/ratio); null: no cap."},
+    )
+
+    skip_zero_std_prompts: bool = field(
+        default=False,
+        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normaliser."},
     )
 
     steps_per_generation: int | None = field(
@@ -116,14 +142,19 @@ class CPPOConfig(GRPOConfig):
         self._warn_doubtful()
 
     @property
-    def uses_topk(self) -> bool:
-        """Whether the estimator needs log-probs of more than the sampled token."""
-        return self.cppo_divergence.startswith("topk")
+    def rule(self) -> Rule:
+        """The row of `cppo_trl.rules.RULES` that ``trust_region`` names."""
+        return RULES[self.trust_region]
 
     @property
-    def uses_budget(self) -> bool:
-        """Whether the rule has a prefix budget that can bind."""
-        return self.trust_region == "cppo" and math.inf not in (self.cppo_delta, self.cppo_delta_b)
+    def rule_parameters(self) -> dict[str, Any]:
+        """The fields that the rule reads, without their prefix ``cppo_``."""
+        return {name: getattr(self, f"cppo_{name}") for name in self.rule.parameters}
+
+    @property
+    def uses_topk(self) -> bool:
+        """Whether the estimator needs log-probs of more than the sampled token."""
+        return str(self.cppo_divergence).startswith("topk")
 
     @property
     def updates_per_rollout(self) -> float:
@@ -142,7 +173,6 @@ class CPPOConfig(GRPOConfig):
 
     def schedule(self) -> dict[str, str]:
         """What will happen, in words, row by row: the table printed when training starts."""
-        assert self.cppo_delta_b is not None  # set by __post_init__
         responses = self.generation_batch_size
         each_reward = self.multi_objective_aggregation == "normalize_then_sum"  # TRL then ignores scale_rewards
         scale = "group for each reward, then batch" if each_reward else self.scale_rewards
@@ -150,67 +180,83 @@ class CPPOConfig(GRPOConfig):
             off_policy = "update 1, by the engine's numerical noise"
         else:
             off_policy = "never" if self.always_on_policy else "update 2"
-        estimator = self.cppo_divergence + (f" (K = {self.cppo_topk})" if self.uses_topk else "")
-        rule = f"{self.trust_region}, {estimator}, delta {self.cppo_delta:g}"
-        if self.trust_region == "cppo":
-            rule += f", w_min {self.cppo_w_min:g}, delta_b {self.cppo_delta_b:g}"
-            if self.uses_budget and self.cppo_delta_b_quantile is not None:
-                ceiling = self.cppo_delta_b * self.cppo_delta_b_max_multiple
-                rule += f" to {ceiling:g} (quantile {self.cppo_delta_b_quantile:g} of each response)"
-            elif self.uses_budget:
-                rule += " (fixed)"
-        if self.cppo_ratio_cap is not None:
-            rule += f", ratio capped at {self.cppo_ratio_cap:g}"
         return {
             "rollout": f"{responses // self.num_generations} prompts x {self.num_generations} responses = {responses}",
             "updates per rollout": f"{self.updates_per_rollout:g}"
             + (f" ({self.num_iterations} passes)" if self.num_iterations > 1 else ""),
             "off-policy from": off_policy,
-            "trust region": rule,
+            "trust region": ", ".join(self._rule_in_words()),
             "loss": f"{self.loss_type}, advantages scaled by: {scale}, beta {self.beta:g}",
         }
 
+    def _rule_in_words(self) -> list[str]:
+        words = [self.trust_region]
+        if self.rule.estimators:
+            words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk})" if self.uses_topk else ""))
+        for name, value in self.rule_parameters.items():
+            if name in ("delta", "w_min", "ratio_min", "ratio_max"):
+                words.append(f"{name} {value:g}")
+            elif name == "delta_b":
+                words.append(f"delta_b {self._budget_in_words()}")
+        if self.cppo_shuffle_weights:
+            words.append("weights shuffled")
+        if self.cppo_ratio_cap is not None:
+            words.append(f"ratio capped at {self.cppo_ratio_cap:g}")
+        return words
+
+    def _budget_in_words(self) -> str:
+        floor, quantile = self.cppo_delta_b, self.cppo_delta_b_quantile
+        assert floor is not None  # set by __post_init__
+        if math.inf in (floor, self.cppo_delta):
+            return "off"
+        if quantile is None:
+            return f"{floor:g} (fixed)"
+        ceiling = floor * self.cppo_delta_b_max_multiple
+        return f"{floor:g} to {ceiling:g} (quantile {quantile:g} of each response)"
+
     def _check_rule(self) -> None:
         _require(self.trust_region in TRUST_REGIONS, "trust_region", self.trust_region, f"one of {TRUST_REGIONS}")
-        estimators = tuple(PAPER_THRESHOLDS)
-        _require(
-            self.cppo_divergence in estimators,
-            "cppo_divergence",
-            self.cppo_divergence,
-            f"one of {estimators}",
-        )
+        self._refuse_unread_fields()
+        if self.cppo_divergence is None:
+            self.cppo_divergence = (self.rule.estimators or ESTIMATORS)[0]
+        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, f"one of {ESTIMATORS}")
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
         if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
             _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
         if not self.uses_topk:
             _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
-        delta, delta_b = PAPER_THRESHOLDS[self.cppo_divergence]
-        self.cppo_delta = delta if self.cppo_delta is None else self.cppo_delta
-        if self.trust_region == "dppo":
-            for name in ("cppo_delta_b", "cppo_w_min", "cppo_delta_b_quantile", "cppo_delta_b_max_multiple"):
-                default = type(self).__dataclass_fields__[name].default
-                value = getattr(self, name)
-                _require(
-                    value == default,
-                    name,
-                    value,
-                    f"left at {default!r}: trust_region='dppo' has no such part",
-                )
-        self.cppo_delta_b = delta_b if self.cppo_delta_b is None else self.cppo_delta_b
-        _require(self.cppo_delta > 0, "cppo_delta", self.cppo_delta, "> 0 (.inf switches the rule off)")
-        _require(self.cppo_delta_b > 0, "cppo_delta_b", self.cppo_delta_b, "> 0 (.inf switches the budget off)")
-        _require(0 < self.cppo_w_min <= 1, "cppo_w_min", self.cppo_w_min, "in (0, 1] (1.0 switches it off)")
-        quantile = self.cppo_delta_b_quantile
-        _require(
-            quantile is None or 0 <= quantile <= 1,
-            "cppo_delta_b_quantile",
-            quantile,
-            "in [0, 1], or null for a fixed budget",
-        )
-        multiple = self.cppo_delta_b_max_multiple
-        _require(1 <= multiple < math.inf, "cppo_delta_b_max_multiple", multiple, "finite and >= 1")
-        cap = self.cppo_ratio_cap
-        _require(cap is None or cap >= 1, "cppo_ratio_cap", cap, ">= 1, or null for no cap")
+        for name, value in self.rule.defaults(self.cppo_divergence).items():
+            if getattr(self, f"cppo_{name}") is None:
+                setattr(self, f"cppo_{name}", value)
+        if "delta" in self.rule.parameters:
+            source = f"{self.rule.source} gives no threshold for {self.cppo_divergence}"
+            _require(self.cppo_delta is not None, "cppo_delta", None, f"set: {source}")
+        self._check_ranges()
+
+    def _refuse_unread_fields(self) -> None:
+        """Refuse a field of the trust region that is set but not read by the rule."""
+        read = {f"cppo_{name}" for name in self.rule.parameters}
+        if self.rule.estimators:
+            read |= {"cppo_divergence", "cppo_topk"}
+        for name, declared in type(self).__dataclass_fields__.items():
+            if name.startswith("cppo_") and name not in read:
+                expected = f"left at {declared.default!r}: trust_region={self.trust_region!r} does not read it"
+                _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
+
+    def _check_ranges(self) -> None:
+        for name, holds, expected in (
+            ("delta", lambda x: x > 0, "> 0 (.inf switches the rule off)"),
+            ("delta_b", lambda x: x > 0, "> 0 (.inf switches the budget off)"),
+            ("w_min", lambda x: 0 < x <= 1, "in (0, 1] (1.0 switches it off)"),
+            ("delta_b_quantile", lambda x: x is None or 0 <= x <= 1, "in [0, 1], or null for a fixed budget"),
+            ("delta_b_max_multiple", lambda x: 1 <= x < math.inf, "finite and >= 1"),
+            ("ratio_min", lambda x: 0 <= x <= 1, "in [0, 1]: it is 1 - epsilon_low"),
+            ("ratio_max", lambda x: x >= 1, ">= 1: it is 1 + epsilon_high"),
+            ("ratio_cap", lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
+        ):
+            if name in self.rule.parameters:
+                value = getattr(self, f"cppo_{name}")
+                _require(holds(value), f"cppo_{name}", value, expected)
 
     def _check_host_options(self) -> None:
         """Refuse the options of TRL's that contradict the rule."""
@@ -221,7 +267,8 @@ class CPPOConfig(GRPOConfig):
             self.loss_type,
             f"one of {losses}; others bring their own clip",
         )
-        untouched = "the trust region replaces it, so leave it at {} (its default) and set cppo_delta instead"
+        bounds = "cppo_ratio_min and cppo_ratio_max (grpo, minpro, cispo)"
+        untouched = f"the trust region replaces it, so leave it at {{}} (its default) and set cppo_delta, or {bounds}"
         unbiased = "the log-probs would not be those of the policy that sampled, so leave it at {}"
         for name, neutral, reason in (
             ("epsilon", 0.2, untouched),

@@ -1,13 +1,19 @@
 """What the trust region did in a loss call, as one vector that adds up over micro-batches and processes."""
 
+import json
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cppo_trl.rules import Verdict
 from cppo_trl.trust_region import moves_away
+
+POSITION_BINS = 20
+"""Equal parts of a response, first to last token, that `position_profile` tells apart."""
 
 _BINS_PER_OCTAVE, _LOWEST_OCTAVE, _OCTAVES = 32, -24, 32  # divergences from 2^-24 to 2^8, to 1.1 %
 _SUMS = (
@@ -25,7 +31,10 @@ _SUMS = (
     "delta_b",
     "listed",
     "topk_mass",
+    "weight",
 )
+_PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
+_PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget")
 
 
 @torch.no_grad()
@@ -34,9 +43,7 @@ def loss_record(
     advantages: Tensor,
     log_ratio: Tensor,
     mask: Tensor,
-    keep: Tensor,
-    over_threshold: Tensor,
-    delta_b: Tensor | None,
+    verdict: Verdict,
     topk_mass: Tensor | None = None,
 ) -> Tensor:
     """Sums and maxima of one loss call, without waiting for the device.
@@ -46,21 +53,23 @@ def loss_record(
         advantages: ``(B, 1)`` or ``(B, T)``.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the responses' tokens.
-        keep: ``(B, T)`` bool, the rule's mask.
-        over_threshold: ``(B, T)`` bool, w_t D_t > δ.
-        delta_b: ``(B, 1)`` the budget in force, or None where there is none.
+        verdict: the rule's.
         topk_mass: ``(B, T)`` rollout probability of the tokens that a Top-K estimator lists, or None.
 
     Returns:
-        A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, then max D_t and max ρ_t.
+        A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for
+        each of `POSITION_BINS`, then max D_t and max ρ_t.
     """
     valid = mask.bool()
     divergence = divergence.float().masked_fill(~valid, 0.0)
     ratio = log_ratio.float().exp().masked_fill(~valid, 0.0)
-    masked, away = valid & ~keep, moves_away(advantages, log_ratio)
     positive, negative = valid & (advantages > 0), valid & (advantages < 0)
+    active, away = positive | negative, moves_away(advantages, log_ratio)
+    masked = active & (verdict.weight == 0)
+    by_budget = masked & (verdict.within_threshold if verdict.within_threshold is not None else False)
+    by_threshold = masked & ~by_budget
+    delta_b = verdict.delta_b
     budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
-    budget = budgeted if delta_b is None else delta_b.where(budgeted, 0.0)
     listed = valid & (topk_mass is not None)
     sums = (
         valid,
@@ -70,20 +79,31 @@ def loss_record(
         away & negative,
         masked & positive,
         masked & negative,
-        masked & over_threshold,
+        by_threshold,
         positive,
         negative,
         budgeted,
-        budget,
+        budgeted if delta_b is None else delta_b.where(budgeted, 0.0),
         listed,
         listed if topk_mass is None else topk_mass.where(listed, 0.0),
+        verdict.weight.where(active, 0.0),
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
     index = (octave * _BINS_PER_OCTAVE).long().clamp(max=_OCTAVES * _BINS_PER_OCTAVE - 1)
     histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
     histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
+    place = (valid.cumsum(-1) - 1).clamp(min=0) * POSITION_BINS // valid.sum(-1, keepdim=True).clamp(min=1)
+    profile = divergence.new_zeros(len(_PROFILE), POSITION_BINS)
+    by_token = torch.stack([x.flatten().float() for x in (valid, divergence, active, by_threshold, by_budget)])
+    profile.scatter_add_(1, place.clamp(max=POSITION_BINS - 1).flatten().expand_as(by_token), by_token)
     return torch.cat(
-        [torch.stack([x.sum().float() for x in sums]), histogram, divergence.max()[None], ratio.max()[None]]
+        [
+            torch.stack([x.sum().float() for x in sums]),
+            histogram,
+            profile.flatten(),
+            divergence.max()[None],
+            ratio.max()[None],
+        ]
     )
 
 
@@ -94,17 +114,25 @@ def add_records(total: Tensor | None, record: Tensor) -> Tensor:
     return torch.cat([total[:-2] + record[:-2], total[-2:].maximum(record[-2:])])
 
 
-def summarize(record: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, float]:
-    """Named scalars over all processes: one collective, one wait for the device.
-
-    Shares are over tokens with non-zero advantage. A scalar with nothing to average over is left out.
+def total_over_processes(record: Tensor, gather: Callable[[Tensor], Tensor]) -> list[float]:
+    """The record of all processes: one collective, one wait for the device.
 
     Args:
         record: this process's record, as from `loss_record` and `add_records`.
         gather: concatenates a tensor over processes along dimension 0, as ``Accelerator.gather``.
     """
     per_process = gather(record.unsqueeze(0))
-    total = torch.cat([per_process[:, :-2].sum(0), per_process[:, -2:].amax(0)]).tolist()
+    return torch.cat([per_process[:, :-2].sum(0), per_process[:, -2:].amax(0)]).tolist()
+
+
+def summarize(total: list[float]) -> dict[str, float]:
+    """Named scalars of a record. Shares are over tokens with non-zero advantage.
+
+    A scalar with nothing to average over is left out.
+
+    Args:
+        total: as from `total_over_processes`.
+    """
     n = dict(zip(_SUMS, total, strict=False))
     masked = n["masked_positive"] + n["masked_negative"]
     active = n["positive"] + n["negative"]
@@ -115,6 +143,7 @@ def summarize(record: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, f
         "masked_by_budget": (masked - n["masked_by_threshold"], active),
         "masked_positive": (n["masked_positive"], n["positive"]),
         "masked_negative": (n["masked_negative"], n["negative"]),
+        "weight": (n["weight"], active),
         "toward_rollout": (active - away, active),
         "delta_b": (n["delta_b"], n["budgeted"]),
         "topk_mass": (n["topk_mass"], n["listed"]),
@@ -123,9 +152,31 @@ def summarize(record: Tensor, gather: Callable[[Tensor], Tensor]) -> dict[str, f
     }
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
     if n["tokens"] > 0:
-        scalars["divergence/p90"] = _histogram_quantile(total[len(_SUMS) : -2], 0.9)
+        scalars["divergence/p90"] = _histogram_quantile(total[len(_SUMS) : _PROFILE_START], 0.9)
         scalars["divergence/max"], scalars["ratio/max"] = total[-2:]
     return {f"cppo/{name}": value for name, value in scalars.items()}
+
+
+def position_profile(total: list[float]) -> dict[str, list[float]]:
+    """Sums over the tokens of each twentieth of the responses, by relative position.
+
+    Args:
+        total: as from `total_over_processes`.
+
+    Returns:
+        `POSITION_BINS` values each of ``tokens``, ``divergence`` (sum of D_t), ``active`` (tokens with non-zero
+        advantage), ``masked_by_threshold`` and ``masked_by_budget`` (of the active ones).
+    """
+    rows = total[_PROFILE_START:-2]
+    return {name: rows[i * POSITION_BINS : (i + 1) * POSITION_BINS] for i, name in enumerate(_PROFILE)}
+
+
+def append_profile(directory: Path, step: int, profile: dict[str, list[float]]) -> None:
+    """Add an update's position profile to ``trust_region.jsonl``; after a resume the last line of a step counts."""
+    directory.mkdir(parents=True, exist_ok=True)
+    rounded = {name: [float(f"{value:.5g}") for value in values] for name, values in profile.items()}
+    with (directory / "trust_region.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **rounded}) + "\n")
 
 
 def _histogram_quantile(counts: list[float], quantile: float) -> float:

@@ -23,10 +23,16 @@ from trl import GRPOTrainer
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
 from cppo_trl.host_checks import check_hooks, check_server
-from cppo_trl.metrics import add_records, loss_record, summarize
+from cppo_trl.metrics import (
+    add_records,
+    append_profile,
+    loss_record,
+    position_profile,
+    summarize,
+    total_over_processes,
+)
 from cppo_trl.model_card import append_sections
 from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
-from cppo_trl.trust_region import cppo_mask, dppo_mask, position_weights, prefix_budget, ratio_cap_weight
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
 
@@ -90,7 +96,7 @@ class CPPOTrainer(GRPOTrainer):
         if args.uses_topk and args.cppo_topk > vocabulary:
             raise ValueError(f"cppo_topk={args.cppo_topk} exceeds the model's vocabulary of {vocabulary}: lower it.")
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
-        self.off_policy_mask_threshold = args.cppo_delta  # ... and its token mask the slot for ours
+        self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
         self._rule_calls = 0
         self._rollout_step = -1  # the update at which the last rollout was made
@@ -128,7 +134,29 @@ class CPPOTrainer(GRPOTrainer):
         if "topk_ids" in output:  # the sampled token is listed apart
             is_sampled = output["topk_ids"] == output["completion_ids"].unsqueeze(-1)
             output["topk_logps"].masked_fill_(is_sampled, -math.inf)
+        if self.args.cppo_shuffle_weights:
+            output["weight_order"] = self._weight_order(output["completion_ids"])
+        if self.args.skip_zero_std_prompts and self.model.training:
+            self._skip_zero_std_prompts(output)
         return output
+
+    def _weight_order(self, completion_ids: Tensor) -> Tensor:
+        """Random keys, ``(B, T)``: the same after a resume, others for each process and rollout."""
+        seed = hash((self.args.seed, self.state.global_step, self.accelerator.process_index))
+        keys = torch.rand(completion_ids.shape, generator=torch.Generator().manual_seed(seed % 2**63))
+        return keys.to(completion_ids.device)
+
+    def _skip_zero_std_prompts(self, output: dict[str, Any]) -> None:
+        """Take the responses to prompts that all score alike out of the masks and of the loss's normaliser."""
+        advantages = self.accelerator.gather(output["advantages"])
+        groups = advantages.view(-1, self.num_generations)
+        alike = (groups == groups[:, :1]).all(-1, keepdim=True).expand_as(groups).flatten()
+        own = alike.view(self.accelerator.num_processes, -1)[self.accelerator.process_index]
+        output["completion_mask"] = output["completion_mask"] * ~own.unsqueeze(-1)
+        tokens = (output["completion_mask"] * output.get("tool_mask", 1)).sum()
+        output["num_items_in_batch"] = self.accelerator.gather(tokens).sum()
+        if self.loss_type in ("grpo", "dr_grpo"):  # these divide by responses, not by tokens
+            output["advantages"] = output["advantages"] * (len(alike) / (~alike).sum().clamp(min=1))
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
@@ -145,12 +173,15 @@ class CPPOTrainer(GRPOTrainer):
         for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
             del self._metrics[mode][name]  # TRL's clip is off
         if mode == "eval" or self.accelerator.sync_gradients:
-            scalars = summarize(self._record, self.accelerator.gather)
+            total = total_over_processes(self._record, self.accelerator.gather)
+            scalars = summarize(total)
             weights_unmoved = mode == "eval" or self.state.global_step == self._rollout_step
             if weights_unmoved and "cppo/divergence/mean" in scalars:
                 scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]
             for name, value in scalars.items():
                 self._metrics[mode][name].append(value)
+            if mode == "train" and self.is_world_process_zero():
+                append_profile(Path(self.args.output_dir), self.state.global_step + 1, position_profile(total))
             self._record = None
         return loss
 
@@ -202,23 +233,19 @@ class CPPOTrainer(GRPOTrainer):
     ) -> Tensor:
         """The weight of each token's surrogate -ρ_t Â_t under the trust region; ``(B, T)`` fp32, no gradient."""
         self._rule_calls += 1
-        config = self.args
         divergence, topk_mass = self._divergence(per_token_logps, sampling_per_token_logps)
         log_ratio = per_token_logps.float() - sampling_per_token_logps
-        delta, w_min, delta_b = config.cppo_delta, 1.0, None
-        if config.trust_region == "cppo":
-            w_min = config.cppo_w_min
-            quantile = config.cppo_delta_b_quantile if config.uses_budget else None
-            delta_b = prefix_budget(divergence, mask, config.cppo_delta_b, quantile, config.cppo_delta_b_max_multiple)
-            keep = cppo_mask(divergence, advantages, log_ratio, mask, delta=delta, w_min=w_min, delta_b=delta_b)
-        else:
-            keep = dppo_mask(divergence, advantages, log_ratio, mask, delta=delta)
-        over_threshold = position_weights(mask, w_min) * divergence > delta
-        in_force = delta_b if config.uses_budget else None
-        record = loss_record(divergence, advantages, log_ratio, mask, keep, over_threshold, in_force, topk_mass)
+        verdict = self.args.rule.judge(divergence, advantages, log_ratio, mask, **self._rule_parameters())
+        record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass)
         self._record = add_records(self._record, record)
-        weight = keep.float()
-        return weight if config.cppo_ratio_cap is None else weight * ratio_cap_weight(log_ratio, config.cppo_ratio_cap)
+        return verdict.weight
+
+    def _rule_parameters(self) -> dict[str, Any]:
+        parameters = self.args.rule_parameters
+        if "shuffle_weights" in parameters:
+            assert self._loss_inputs is not None  # inside a loss
+            parameters["order"] = self._loss_inputs["weight_order"] if parameters.pop("shuffle_weights") else None
+        return parameters
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the model card: TRL's, with the rule's numbers and `evaluation_table` where one is set."""

@@ -1,19 +1,24 @@
-"""The trust-region rules: which tokens of a rollout may still move the policy.
+"""The trust-region rules: how much each token of a rollout may still move the policy.
+
+Every method is a detached weight on the same surrogate -ρ_t Â_t: a hard mask is 0 or 1, the soft gate lies between,
+a method that clips the ratio instead of masking weighs by clip(ρ_t) / ρ_t.
 
 Pure functions on tensors of shape ``(B, T)``: B responses, T token positions, right- or left-padded, with holes
 where the environment wrote a token. ``mask`` is 1 (or True) on the response's own tokens; everything outside it
-carries no weight, no divergence and no position. All arithmetic is fp32 and without a gradient, each row stands
-for itself, and nothing waits for the device. Equation numbers are those of CPPO (arXiv 2606.10968).
+carries no weight, no divergence and no position. Every rule takes the same four tensors, read or not. All arithmetic
+is fp32 and without a gradient, each row stands for itself, and nothing waits for the device. Equation numbers are
+those of CPPO (arXiv 2606.10968) unless another paper is named.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 @torch.no_grad()
-def position_weights(mask: Tensor, w_min: float) -> Tensor:
+def position_weights(mask: Tensor, w_min: float, order: Tensor | None = None) -> Tensor:
     """Position weights, Eq. (9): w_t = 1 - (1 - w_min) (t - 1) / (T - 1), t = 1..T.
 
     T is the response's own length, counted over the mask. A single token weighs 1.
@@ -21,12 +26,17 @@ def position_weights(mask: Tensor, w_min: float) -> Tensor:
     Args:
         mask: ``(B, T)``, 1 on the response's tokens.
         w_min: weight of the last token, in (0, 1]. 1 switches the position weight off.
+        order: ``(B, T)`` keys by which the weights are dealt out instead of by position (the ablation with shuffled
+            weights, section 4.3: the same weights at random positions).
 
     Returns:
-        ``(B, T)`` fp32, falling from 1 to ``w_min`` over each response, 0 outside the mask.
+        ``(B, T)`` fp32, falling from 1 to ``w_min`` over each response (or along ``order``), 0 outside the mask.
     """
     mask = mask.float()
-    position = mask.cumsum(-1) - 1  # t - 1
+    if order is None:
+        position = mask.cumsum(-1) - 1  # t - 1
+    else:
+        position = order.masked_fill(mask == 0, torch.inf).argsort(-1).argsort(-1).float()
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # T - 1; 0/0 for a single token is 0
     return (1 - (1 - w_min) * position / last) * mask
 
@@ -97,6 +107,36 @@ def moves_away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
     return advantages.float().sign() * log_ratio.float().sign() > 0
 
 
+class Prefix(NamedTuple):
+    """The left and right sides of Eq. (10) over a response; ``(B, T)`` fp32 each."""
+
+    weighted: Tensor
+    """w_t D_t"""
+    spent: Tensor
+    """S_t = Σ_{j<=t} w_j D_j, over every token of the response, kept or masked"""
+    limit: Tensor
+    """δ + δ_b W_{t-1}, with W_t = Σ_{j<=t} w_j"""
+
+
+@torch.no_grad()
+def prefix_sums(
+    divergence: Tensor,
+    mask: Tensor,
+    *,
+    delta: float,
+    w_min: float,
+    delta_b: float | Tensor,
+    order: Tensor | None = None,
+) -> Prefix:
+    """What Eq. (8) and (10) compare. Arguments as in `cppo_mask`."""
+    weights = position_weights(mask, w_min, order)
+    weighted = weights * divergence.float().masked_fill(~mask.bool(), 0.0)
+    prefix_weight = weights.cumsum(-1).roll(1, -1)  # W_{t-1}
+    prefix_weight[..., :1] = 0.0
+    allowance = (delta_b * prefix_weight).nan_to_num(nan=0.0, posinf=torch.inf)  # inf * W_0 is 0: no prefix yet
+    return Prefix(weighted, weighted.cumsum(-1), delta + allowance)
+
+
 @torch.no_grad()
 def cppo_mask(
     divergence: Tensor,
@@ -107,6 +147,7 @@ def cppo_mask(
     delta: float,
     w_min: float,
     delta_b: float | Tensor,
+    order: Tensor | None = None,
 ) -> Tensor:
     """The CPPO mask, Eq. (8) to (10): M_t = 1[Â_t (ρ_t - 1) <= 0 or I_t].
 
@@ -121,19 +162,37 @@ def cppo_mask(
         delta: threshold δ; inf switches both limits off, as δ is also the slack of the budget.
         w_min: weight of the last token, in (0, 1]; 1 switches the position weight off.
         delta_b: budget δ_b, a float or ``(B, 1)`` as from `prefix_budget`; inf switches the budget off.
+        order: as in `position_weights`.
 
     Returns:
         ``(B, T)`` bool, True = kept; False outside the mask.
     """
-    mask = mask.bool()
-    weights = position_weights(mask, w_min)
-    weighted = weights * divergence.float().masked_fill(~mask, 0.0)  # w_t D_t
-    prefix_divergence = weighted.cumsum(-1)  # S_t
-    prefix_weight = weights.cumsum(-1).roll(1, -1)  # W_{t-1}
-    prefix_weight[..., :1] = 0.0
-    allowance = (delta_b * prefix_weight).nan_to_num(nan=0.0, posinf=torch.inf)  # inf * W_0 is 0: no prefix yet
-    inside = (weighted <= delta) & (prefix_divergence <= delta + allowance)
-    return mask & (inside | ~moves_away(advantages, log_ratio))
+    weighted, spent, limit = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    inside = (weighted <= delta) & (spent <= limit)
+    return mask.bool() & (inside | ~moves_away(advantages, log_ratio))
+
+
+@torch.no_grad()
+def cppo_soft_weight(
+    divergence: Tensor,
+    advantages: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    *,
+    delta: float,
+    w_min: float,
+    delta_b: float | Tensor,
+    order: Tensor | None = None,
+) -> Tensor:
+    """The soft gate, Eq. (19) and (20): 1 toward the rollout policy, else min(1, 1/x_t).
+
+    x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 exactly where `cppo_mask` keeps the token.
+    Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
+    """
+    weighted, spent, limit = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    excess = torch.maximum(weighted / delta, spent / limit)  # x_t
+    gate = excess.clamp(min=1.0).reciprocal()
+    return gate.masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
 
 
 @torch.no_grad()
@@ -154,3 +213,80 @@ def ratio_cap_weight(log_ratio: Tensor, cap: float) -> Tensor:
         ``(B, T)`` fp32 in (0, 1].
     """
     return (math.log(cap) - log_ratio.float()).clamp(max=0.0).exp()
+
+
+@torch.no_grad()
+def trm_max_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
+    """TRM-Max (arXiv 2512.23075): M(y) = 1[max_t D_t <= δ], one verdict for all tokens of a response.
+
+    Tensors as in `cppo_mask`; returns ``(B, T)`` bool, False outside the mask.
+    """
+    mask = mask.bool()
+    return mask & (divergence.float().masked_fill(~mask, 0.0).amax(-1, keepdim=True) <= delta)
+
+
+@torch.no_grad()
+def trm_avg_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
+    """TRM-Avg (arXiv 2512.23075): M(y) = 1[(1/T) Σ_t D_t <= δ]. Arguments and result as in `trm_max_mask`."""
+    mask = mask.bool()
+    total = divergence.float().masked_fill(~mask, 0.0).sum(-1, keepdim=True)
+    return mask & (total <= delta * mask.sum(-1, keepdim=True))
+
+
+@torch.no_grad()
+def grpo_mask(
+    divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
+) -> Tensor:
+    """The mask of PPO's and GRPO's clip, Eq. (2): 0 where min(ρ_t Â_t, clip(ρ_t) Â_t) has no gradient.
+
+    That is where Â_t > 0 and ρ_t > 1 + ε_high, or Â_t < 0 and ρ_t < 1 - ε_low.
+
+    Args:
+        divergence: not read.
+        advantages: ``(B,)``, ``(B, 1)`` or ``(B, T)``.
+        log_ratio: ``(B, T)`` log ρ_t.
+        mask: ``(B, T)``, 1 on the response's tokens.
+        ratio_min: 1 - ε_low, in [0, 1].
+        ratio_max: 1 + ε_high, >= 1.
+
+    Returns:
+        ``(B, T)`` bool, True = kept; False outside the mask.
+    """
+    outside = (log_ratio.float() > _log(ratio_max)) | (log_ratio.float() < _log(ratio_min))
+    return mask.bool() & ~(outside & moves_away(advantages, log_ratio))
+
+
+@torch.no_grad()
+def cispo_weight(
+    divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
+) -> Tensor:
+    """CISPO (arXiv 2506.13585): sg[clip(ρ_t)] Â_t log π, as the weight clip(ρ_t) / ρ_t on ρ_t Â_t.
+
+    Arguments as in `grpo_mask`; returns ``(B, T)`` fp32 > 0, 0 outside the mask.
+    """
+    log_ratio = log_ratio.float().masked_fill(~mask.bool(), 0.0)
+    return (log_ratio.clamp(_log(ratio_min), _log(ratio_max)) - log_ratio).exp() * mask.bool()
+
+
+@torch.no_grad()
+def minpro_weight(
+    divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
+) -> Tensor:
+    """MinPRO (arXiv 2601.22718): sg[clip(m_t ρ_t)] Â_t log π, as the weight clip(m_t ρ_t) / ρ_t on ρ_t Â_t.
+
+    m_t = min(1, ρ_1, ..., ρ_{t-1}) is the running minimum of the ratios before t; it starts at 1. Arguments and result
+    as in `cispo_weight`.
+    """
+    log_ratio = log_ratio.float().masked_fill(~mask.bool(), 0.0)  # a hole lowers no minimum: m_t <= 1 anyway
+    running = torch.cat([torch.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]], -1).cummin(-1).values
+    return ((running + log_ratio).clamp(_log(ratio_min), _log(ratio_max)) - log_ratio).exp() * mask.bool()
+
+
+@torch.no_grad()
+def no_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """No trust region: every token of the response is kept. Arguments and result as in `cppo_mask`."""
+    return mask.bool()
+
+
+def _log(ratio: float) -> float:
+    return math.log(ratio) if ratio > 0 else -math.inf

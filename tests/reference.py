@@ -28,6 +28,38 @@ def algorithm_1(ratios, advantages, divergences, delta, delta_b, w_min):
     return keep, causes, margin
 
 
+def soft_gate(ratios, advantages, divergences, delta, delta_b, w_min):
+    """Eq. (19) and (20) with g(x) = min(1, 1/x), for the tokens of one response."""
+    length, s, w_sum, weights = len(ratios), 0.0, 0.0, []
+    for t in range(1, length + 1):
+        w = 1.0 if length == 1 else 1 - (1 - w_min) / (length - 1) * (t - 1)
+        s += w * divergences[t - 1]
+        x = max(w * divergences[t - 1] / delta, s / (delta + delta_b * w_sum))
+        away = advantages[t - 1] * (ratios[t - 1] - 1) > 0
+        weights.append(1 / x if away and x > 1 else 1.0)
+        w_sum += w
+    return weights
+
+
+def clipped_surrogate_slope(ratio, advantage, low, high):
+    """d/dρ of min(ρ A, clip(ρ, low, high) A) over A, by a small step: 1 where GRPO learns, 0 where it is clipped."""
+
+    def surrogate(rho):
+        return min(rho * advantage, min(max(rho, low), high) * advantage)
+
+    step = 1e-7
+    return (surrogate(ratio + step) - surrogate(ratio - step)) / (2 * step * advantage)
+
+
+def minpro_coefficients(ratios, low, high):
+    """clip(m_t ρ_t, low, high) with m_t the running minimum of the ratios before t, from 1; arXiv 2601.22718."""
+    coefficients, minimum = [], 1.0
+    for ratio in ratios:
+        coefficients.append(min(max(minimum * ratio, low), high))
+        minimum = min(minimum, ratio)
+    return coefficients
+
+
 def clipped_quantile(divergences, floor, quantile, multiple):
     """Eq. (22) with linear interpolation, for the tokens of one response."""
     if not divergences:

@@ -27,6 +27,27 @@ def test_defaults_are_the_paper_s():
 
 
 @pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        (
+            "cppo_soft",
+            "cppo_soft, binary_tv, delta 0.15, w_min 0.8, delta_b 0.02 to 0.04 (quantile 0.9 of each response)",
+        ),
+        ("dppo", "dppo, binary_tv, delta 0.15"),
+        ("trm_max", "trm_max, topk_kl (K = 20), delta 0.05"),
+        ("trm_avg", "trm_avg, topk_kl (K = 20), delta 0.001"),
+        ("minpro", "minpro, ratio_min 0.8, ratio_max 1.28"),
+        ("cispo", "cispo, ratio_min 0, ratio_max 1.2"),
+        ("grpo", "grpo, ratio_min 0.8, ratio_max 1.28"),
+        ("none", "none"),
+    ],
+)
+def test_each_rule_has_the_defaults_of_its_own_paper(rule, words):
+    assert make(trust_region=rule).schedule()["trust region"] == words
+    assert make(trust_region="dppo", cppo_divergence="binary_kl").cppo_delta == 0.05
+
+
+@pytest.mark.parametrize(
     ("fields", "steps", "updates", "on_policy"),
     [
         ({}, 2, 2, False),
@@ -62,6 +83,16 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"cppo_ratio_cap": 0.5}, "cppo_ratio_cap must be >= 1"),
         ({"trust_region": "dppo", "cppo_w_min": 0.9}, "cppo_w_min must be left at 0.8"),
         ({"trust_region": "dppo", "cppo_delta_b": 0.01}, "cppo_delta_b must be left at None"),
+        ({"trust_region": "dppo", "cppo_shuffle_weights": True}, "cppo_shuffle_weights must be left at False"),
+        ({"trust_region": "trm_avg", "cppo_delta_b_quantile": None}, "cppo_delta_b_quantile must be left at 0.9"),
+        ({"trust_region": "trm_max", "cppo_divergence": "topk_tv"}, "cppo_delta must be set: .* gives no threshold"),
+        ({"trust_region": "grpo", "cppo_delta": 0.1}, "cppo_delta must be left at None"),
+        ({"trust_region": "grpo", "cppo_divergence": "topk_kl"}, "cppo_divergence must be left at None"),
+        ({"trust_region": "cispo", "cppo_ratio_cap": 5.0}, "cppo_ratio_cap must be left at None"),
+        ({"trust_region": "none", "cppo_ratio_max": 1.2}, "cppo_ratio_max must be left at None"),
+        ({"trust_region": "grpo", "cppo_ratio_min": 1.1}, "cppo_ratio_min must be in"),
+        ({"trust_region": "minpro", "cppo_ratio_max": 0.28}, "cppo_ratio_max must be >= 1"),
+        ({"cppo_ratio_max": 1.28}, "cppo_ratio_max must be left at None"),
         ({"loss_type": "cispo"}, "loss_type must be one of"),
         ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type must be one of"),
         ({"epsilon": 0.1}, "epsilon=0.1 .*cppo_delta"),
@@ -119,7 +150,7 @@ def test_a_sound_setting_does_not_warn():
 
 def test_infinite_limits_and_fixed_budget_are_legal():
     config = make(cppo_delta=math.inf, cppo_delta_b=math.inf, cppo_w_min=1.0, cppo_delta_b_quantile=None)
-    assert not config.uses_budget
-    assert not make(cppo_delta=math.inf).uses_budget  # delta is the budget's slack
+    for off in (config, make(cppo_delta=math.inf)):  # delta is the budget's slack
+        assert "delta_b off" in off.schedule()["trust region"]
     assert "quantile" not in config.schedule()["trust region"]
     assert "fixed" in make(cppo_delta_b_quantile=None).schedule()["trust region"]

@@ -3,16 +3,21 @@ import math
 import pytest
 import torch
 
-from cppo_trl.metrics import add_records, loss_record, summarize
-from cppo_trl.trust_region import cppo_mask, position_weights
+from cppo_trl.metrics import add_records, loss_record, position_profile, summarize, total_over_processes
+from cppo_trl.rules import RULES
 from tests.test_trust_region import random_rows
 
 
-def record_of(divergence, advantages, log_ratio, mask, delta=0.05, w_min=0.8, delta_b=0.01):
-    budget = torch.full((len(mask), 1), delta_b)
-    keep = cppo_mask(divergence, advantages, log_ratio, mask, delta=delta, w_min=w_min, delta_b=budget)
-    over = position_weights(mask, w_min) * divergence > delta
-    return loss_record(divergence, advantages, log_ratio, mask, keep, over, budget)
+def record_of(divergence, advantages, log_ratio, mask, rule="cppo", **parameters):
+    if rule.startswith("cppo"):
+        fixed = {"delta_b": 0.01, "delta_b_quantile": None, "delta_b_max_multiple": 2.0, "order": None}
+        parameters = {"delta": 0.05, "w_min": 0.8, **fixed, **parameters}
+    verdict = RULES[rule].judge(divergence, advantages, log_ratio, mask, **parameters)
+    return loss_record(divergence, advantages, log_ratio, mask, verdict)
+
+
+def scalars(record, gather=lambda x: x):
+    return summarize(total_over_processes(record, gather))
 
 
 def test_metrics_by_hand():
@@ -21,13 +26,14 @@ def test_metrics_by_hand():
     advantages = torch.tensor([[1.0], [0.0], [-1.0]])
     log_ratio = torch.tensor([[0.5, 0.5, -0.5, 9.0], [0.5, 0.5, 9.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 0]])
-    metrics = summarize(record_of(divergence, advantages, log_ratio, mask, delta=0.1), lambda x: x)
+    metrics = scalars(record_of(divergence, advantages, log_ratio, mask, delta=0.1))
     up, down = math.exp(0.5), math.exp(-0.5)
     expected = {
         "cppo/masked": 2 / 3,
         "cppo/masked_by_threshold": 1 / 3,
         "cppo/masked_by_budget": 1 / 3,
         "cppo/masked_positive": 2 / 3,
+        "cppo/weight": 1 / 3,
         "cppo/toward_rollout": 1 / 3,
         "cppo/delta_b": 0.01,
         "cppo/divergence/mean": (0.2 + 0.02 / 0.9 + 0.01 / 0.8 + 0.2) / 5,
@@ -43,23 +49,48 @@ def test_metrics_by_hand():
 def test_p90_is_that_of_all_tokens_to_one_percent():
     divergence, advantages, log_ratio, mask = random_rows(400, 60, seed=11)
     divergence = divergence * 10 ** -torch.rand(400, 60)
-    metrics = summarize(record_of(divergence, advantages, log_ratio, mask), lambda x: x)
+    metrics = scalars(record_of(divergence, advantages, log_ratio, mask))
     exact = torch.quantile(divergence[mask], 0.9, interpolation="lower").item()
     assert metrics["cppo/divergence/p90"] == pytest.approx(exact, rel=0.012)
-    zero = summarize(record_of(0 * divergence, advantages, log_ratio, mask), lambda x: x)
+    zero = scalars(record_of(0 * divergence, advantages, log_ratio, mask))
     assert zero["cppo/divergence/p90"] == 0.0
 
 
 def test_metrics_do_not_depend_on_the_split_into_micro_batches_and_processes():
     rows = random_rows(96, 40, seed=12)
-    whole = summarize(record_of(*rows), lambda x: x)
+    whole = scalars(record_of(*rows))
     parts = [record_of(*(x[i : i + 24] for x in rows)) for i in range(0, 96, 24)]
     ranks = [add_records(add_records(None, parts[0]), parts[1]), add_records(add_records(None, parts[2]), parts[3])]
-    gathered = summarize(ranks[0], lambda x: torch.cat([x, ranks[1][None]]))
+    gathered = scalars(ranks[0], lambda x: torch.cat([x, ranks[1][None]]))
     assert gathered == pytest.approx(whole, rel=1e-5)
     assert 0.01 < whole["cppo/masked_by_budget"] < whole["cppo/masked"] < 0.99
 
 
 def test_empty_batch_gives_no_scalars():
     divergence, advantages, log_ratio, mask = random_rows(8, 5, seed=13)
-    assert summarize(record_of(divergence, advantages, log_ratio, 0 * mask.long()), lambda x: x) == {}
+    assert scalars(record_of(divergence, advantages, log_ratio, 0 * mask.long())) == {}
+
+
+def test_effective_weight_of_rules_that_mask_nothing():
+    ones, up = torch.ones(1, 2), torch.tensor([[2.0, 0.5]]).log()
+    cispo = scalars(record_of(ones, ones[:, :1], up, ones, "cispo", ratio_min=0.0, ratio_max=1.2))
+    assert cispo["cppo/weight"] == pytest.approx((1.2 / 2 + 1) / 2)
+    assert cispo["cppo/masked"] == 0.0
+    assert "cppo/delta_b" not in cispo
+
+
+def test_position_profile_by_hand():
+    # 40 tokens, two in each twentieth; the first two are out by the threshold, the next four by the budget
+    divergence = torch.zeros(2, 40)
+    divergence[0, :2], divergence[0, 2:6] = 1.0, 0.01
+    mask = torch.ones(2, 40)
+    mask[1, 1:] = 0  # a single token is in the first twentieth
+    advantages, up = torch.tensor([[1.0], [0.0]]), torch.ones(2, 40)
+    record = record_of(divergence, advantages, up, mask, delta=0.1, delta_b=0.5 / 40)
+    profile = position_profile(total_over_processes(record, lambda x: x))
+    assert profile["tokens"] == [3.0] + [2.0] * 19
+    assert profile["active"] == [2.0] * 20
+    assert profile["divergence"] == pytest.approx([2.0, 0.02, 0.02] + [0.0] * 17)
+    assert profile["masked_by_threshold"] == [2.0] + [0.0] * 19
+    # S = 2.03 against 0.1 + 0.0125 W: never recovers
+    assert profile["masked_by_budget"] == [0.0] + [2.0] * 19

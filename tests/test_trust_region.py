@@ -5,6 +5,7 @@ import torch
 
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
 from cppo_trl.metrics import loss_record
+from cppo_trl.rules import RULES
 from cppo_trl.trust_region import (
     cppo_mask,
     dppo_mask,
@@ -259,12 +260,14 @@ def test_rules_never_wait_for_the_device():
     # the meta device holds no data: anything that reads a value from the tensors raises
     args = [x.to("meta") for x in random_rows(16, 30, seed=10)]
     divergence, _, log_ratio, mask = args
-    keep = cppo_mask(*args, delta=0.1, w_min=0.8, delta_b=prefix_budget(divergence, mask, 0.01))
-    assert keep.shape == mask.shape
+    for name, rule in RULES.items():
+        parameters = dict.fromkeys(rule.parameters, 0.9)
+        if parameters.pop("shuffle_weights", None):
+            parameters["order"] = divergence
+        verdict = rule.judge(*args, **{**parameters, **({"ratio_cap": 2.0} if "ratio_cap" in parameters else {})})
+        assert verdict.weight.shape == mask.shape, name
+        assert loss_record(*args, verdict, topk_mass=log_ratio).dim() == 1
     for estimator in (binary_tv, binary_kl):
         assert estimator(anchor_logps(log_ratio, log_ratio), log_ratio).shape == mask.shape
     for estimator in (topk_tv, topk_kl):
         assert estimator(*[log_ratio.unsqueeze(-1)] * 2).shape == mask.shape
-    budget = prefix_budget(divergence, mask, 0.01)
-    assert loss_record(*args, keep, keep, budget, topk_mass=log_ratio).dim() == 1
-    assert dppo_mask(*args, delta=0.1).device.type == ratio_cap_weight(log_ratio, 20.0).device.type == "meta"

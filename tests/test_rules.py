@@ -1,0 +1,200 @@
+"""Every rule against an independent loop, by weight and by gradient; GRPO and CISPO against TRL's own losses."""
+
+import math
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from cppo_trl.rules import RULES
+from cppo_trl.trust_region import cppo_mask, cppo_soft_weight, minpro_weight, position_weights
+from tests.conftest import COMPLETION, full_logps, injected_batch
+from tests.reference import algorithm_1, clipped_surrogate_slope, minpro_coefficients, soft_gate
+from tests.test_trainer import gradients
+from tests.test_trust_region import random_rows
+
+LIMITS = {"delta": 0.05, "delta_b": 0.01, "w_min": 0.7}
+FIELDS = {  # of the config, tight enough that every rule acts on the injected batch
+    "cppo": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
+    "cppo_soft": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
+    "dppo": {"cppo_delta": 0.05},
+    "trm_max": {"cppo_divergence": "binary_kl", "cppo_delta": 0.05},
+    "trm_avg": {"cppo_divergence": "binary_kl", "cppo_delta": 0.01},
+    "minpro": {"cppo_ratio_min": 0.8, "cppo_ratio_max": 1.1},
+    "cispo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
+    "grpo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
+    "none": {},
+}
+
+
+def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR0911 (a table)
+    """The weights by a plain loop, with the parameters of FIELDS."""
+    n = len(ratios)
+    if rule == "cppo":
+        return [float(k) for k in algorithm_1(ratios, advantages, divergences, **LIMITS)[0]]
+    if rule == "cppo_soft":
+        return soft_gate(ratios, advantages, divergences, **LIMITS)
+    if rule == "dppo":
+        return [float(a * (r - 1) <= 0 or d <= 0.05) for r, a, d in zip(ratios, advantages, divergences, strict=True)]
+    if rule == "trm_max":
+        return [float(max(divergences, default=0) <= 0.05)] * n
+    if rule == "trm_avg":
+        return [float(sum(divergences) / n <= 0.01)] * n if n else []
+    if rule == "minpro":
+        return [c / r for c, r in zip(minpro_coefficients(ratios, 0.8, 1.1), ratios, strict=True)]
+    if rule == "cispo":
+        return [min(max(r, 0.9), 1.2) / r for r in ratios]
+    if rule == "grpo":
+        return [
+            clipped_surrogate_slope(r, a or 1.0, 0.9, 1.2) if a else 1.0
+            for r, a in zip(ratios, advantages, strict=True)
+        ]
+    return [1.0] * n
+
+
+def parameters_of(rule):
+    values = {"delta_b_max_multiple": 2.0, "delta_b_quantile": None}
+    values |= {name.removeprefix("cppo_"): value for name, value in FIELDS[rule].items()}
+    parameters = {name: values[name] for name in RULES[rule].parameters if name in values}
+    return parameters | ({"order": None} if "shuffle_weights" in RULES[rule].parameters else {})
+
+
+def test_every_rule_is_compared():
+    assert set(FIELDS) == set(RULES)
+
+
+@pytest.mark.parametrize("rule", FIELDS)
+def test_weights_equal_the_loop(rule):
+    divergence, advantages, log_ratio, mask = random_rows(600, 24, seed=3)
+    log_ratio = log_ratio * 3
+    weight = RULES[rule].judge(divergence, advantages, log_ratio, mask, **parameters_of(rule)).weight
+    assert weight.dtype == torch.float32
+    assert not weight[~mask].any()
+    changed = 0
+    for b in range(len(mask)):
+        own = mask[b].nonzero().flatten()
+        r, a, d = (x[b, own].double().tolist() for x in (log_ratio.double().exp(), advantages, divergence))
+        if algorithm_1(r, a, d, **LIMITS)[2] < 1e-6:
+            continue  # on a threshold, where rounding decides
+        expected = weights_of_one_response(rule, r, a, d)
+        assert weight[b, own].tolist() == pytest.approx(expected, rel=1e-4)
+        changed += any(abs(w - 1) > 1e-3 for w in expected)
+    assert changed > 50 or rule == "none"
+
+
+@pytest.mark.parametrize("rule", FIELDS)
+def test_gradient_is_the_analytic_one(make_trainer, rule):
+    trainer = make_trainer(trust_region=rule, loss_type="dapo", **FIELDS[rule])
+    batch = injected_batch(trainer.model)
+    logps, mu, mask = full_logps(trainer.model, batch), batch["old_per_token_logps"], batch["completion_mask"]
+    p, q = logps.detach().double().exp(), mu.double().exp()
+    kl = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    divergence = kl if rule.startswith("trm") else (p - q).abs()
+    weight = torch.zeros(8, COMPLETION)
+    for b, length in enumerate(mask.sum(1).tolist()):
+        ratios = (p / q)[b, :length].tolist()
+        advantages = [batch["advantages"][b].item()] * length
+        weight[b, :length] = torch.tensor(
+            weights_of_one_response(rule, ratios, advantages, divergence[b, :length].tolist())
+        )
+    own = mask.bool()
+    assert (weight[own] - 1).abs().max() > 0.05 or rule == "none"
+    assert weight[own].max() > 0  # not all is rejected
+    coefficient = -batch["advantages"][:, None] * (logps - mu).exp().detach() * weight
+    trainer.model.zero_grad()
+    # rejected tokens and responses stay in the denominator
+    normaliser = batch["num_items_in_batch"] / trainer.args.steps_per_generation
+    ((coefficient * logps * mask).sum() / normaliser).backward()
+    expected = {n: x.grad.clone() for n, x in trainer.model.named_parameters()}
+    _, found = gradients(trainer, batch)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({"trust_region": "grpo", "loss_type": "dapo"}, {"loss_type": "dapo", "epsilon": 0.2, "epsilon_high": 0.28}),
+        ({"trust_region": "grpo", "loss_type": "grpo"}, {"loss_type": "grpo", "epsilon": 0.2, "epsilon_high": 0.28}),
+        # TRL's cispo clamps at epsilon_high itself, and divides as dapo does
+        ({"trust_region": "cispo", "loss_type": "dapo"}, {"loss_type": "cispo", "epsilon_high": 1.2}),
+    ],
+)
+def test_gradients_equal_those_of_trl_s_own_losses(make_trainer, ours, theirs):
+    trainer = make_trainer(**ours)
+    batch = injected_batch(trainer.model)
+    ratio = (full_logps(trainer.model, batch) - batch["old_per_token_logps"]).exp()[batch["completion_mask"].bool()]
+    assert (ratio > 1.28).any()
+    assert (ratio < 0.8).any()
+    host = make_trainer(GRPOTrainer, GRPOConfig, model=trainer.model, steps_per_generation=2, **theirs)
+    assert host.args.steps_per_generation == trainer.args.steps_per_generation
+    _, expected = gradients(host, dict(batch))
+    _, found = gradients(trainer, batch)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-7)
+
+
+def test_minpro_worked_by_hand():
+    # ρ = 2, 0.5, 1.5, 1: m = 1, 1, 0.5, 0.5, so clip(m ρ, 0.6, 1.2) = 1.2, 0.6, 0.75, 0.6
+    ratio = torch.tensor([[2.0, 0.5, 1.5, 1.0]])
+    weight = minpro_weight(ratio, ratio, ratio.log(), torch.ones(1, 4), ratio_min=0.6, ratio_max=1.2)
+    torch.testing.assert_close(weight * ratio, torch.tensor([[1.2, 0.6, 0.75, 0.6]]))
+
+
+def test_the_soft_gate_is_open_exactly_where_the_mask_keeps():
+    rows = random_rows(500, 30, seed=4)
+    gate, keep = cppo_soft_weight(*rows, **LIMITS), cppo_mask(*rows, **LIMITS)
+    assert torch.equal(gate == 1, keep)
+    assert ((gate > 0) == rows[3]).all()
+    assert gate[rows[3]].min() < 0.2
+    off = cppo_soft_weight(*rows, delta=math.inf, delta_b=math.inf, w_min=0.7)
+    assert torch.equal(off.bool(), rows[3])
+
+
+def test_shuffled_weights_are_the_same_weights_elsewhere(make_trainer):
+    _, _, order, mask = random_rows(200, 30, seed=5)
+    order = torch.rand(order.shape)
+    ordered, shuffled = position_weights(mask, 0.6), position_weights(mask, 0.6, order)
+    torch.testing.assert_close(ordered.sort(-1).values, shuffled.sort(-1).values)
+    assert not shuffled[~mask].any()
+    for b in range(0, 200, 11):  # by a loop: the k-th smallest key gets the k-th weight
+        own = mask[b].nonzero().flatten().tolist()
+        by_key = sorted(own, key=lambda t: order[b, t])
+        torch.testing.assert_close(shuffled[b, by_key], ordered[b, own])
+    trainer = make_trainer(cppo_shuffle_weights=True, cppo_w_min=0.1, learning_rate=5e-3)
+    ids = torch.zeros(8, COMPLETION)
+    keys = trainer._weight_order(ids)
+    assert torch.equal(keys, trainer._weight_order(ids))  # the same after a resume
+    trainer.state.global_step = 2
+    assert not torch.equal(keys, trainer._weight_order(ids))
+    trainer.state.global_step = 0
+    trainer.train()
+    assert trainer.state.log_history[1]["cppo/divergence/mean"] > 0
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "grpo", "bnpo"])
+def test_prompts_whose_responses_score_alike_leave_loss_and_normaliser(make_trainer, loss_type):
+    def reward(prompts, completions, **kwargs):
+        first = prompts[0]  # its four responses score alike, by a number that no mean reproduces exactly
+        return [0.1 if p == first else float(i % 2) for i, p in enumerate(prompts)]
+
+    trainers = [
+        make_trainer(reward=reward, loss_type=loss_type, skip_zero_std_prompts=skip, cppo_delta=math.inf)
+        for skip in (True, False)
+    ]
+    rows = [dict(row) for row in trainers[0].train_dataset.select(range(4)) for _ in range(4)]
+    outputs = []
+    for trainer in trainers:
+        torch.manual_seed(0)
+        outputs.append(trainer._generate_and_score_completions(rows))
+    skipping, counting = outputs
+    assert torch.equal(skipping["completion_ids"], counting["completion_ids"])
+    assert not skipping["completion_mask"][:4].any()
+    assert torch.equal(skipping["completion_mask"][4:], counting["completion_mask"][4:])
+    # the same loss from a batch that never held the first prompt
+    without = {k: v[4:] if torch.is_tensor(v) and v.dim() else v for k, v in counting.items()}
+    without["num_items_in_batch"] = without["completion_mask"].sum()
+    _, expected = gradients(trainers[1], without)
+    _, found = gradients(trainers[0], skipping)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
