@@ -95,7 +95,14 @@ def model(vocabulary: PreTrainedTokenizerFast, hidden: int = 96, layers: int = 2
 
 
 def warm_start(
-    directory: Path, *, terms: int, error_rate: float, seed: int, exclude: set[str], steps: int = 600
+    directory: Path,
+    *,
+    terms: int,
+    error_rate: float,
+    seed: int,
+    exclude: set[str],
+    steps: int = 600,
+    hidden: int = 96,
 ) -> None:
     """Train the model on erroneous demonstrations with TRL's `SFTTrainer` and save it to ``directory``.
 
@@ -106,6 +113,7 @@ def warm_start(
         seed: of data, weights and data order.
         exclude: prompts that must not be seen.
         steps: optimizer steps of 64 demonstrations each.
+        hidden: width of the model.
     """
     characters = tokenizer()
     data = problems(min(20_000, 9**terms // 2), terms, seed + 1, exclude)
@@ -125,7 +133,7 @@ def warm_start(
         report_to=[],
     )
     trainer = SFTTrainer(
-        model=model(characters),
+        model=model(characters, hidden),
         args=config,
         train_dataset=demonstrations(data, error_rate, seed + 2),
         processing_class=characters,

@@ -1,0 +1,309 @@
+"""A study: methods x seeds x settings on the built-in task, every run from the same warm start and the same prompts.
+
+A YAML file names the task, the fields that all runs share, the settings and the methods. Each finished run is one
+JSON line; runs that are in the file already are not made again.
+"""
+
+import copy
+import json
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+
+from cppo_trl.config import CPPOConfig
+from cppo_trl.data import arithmetic
+from cppo_trl.evaluation import evaluate
+from cppo_trl.rewards import accuracy_reward
+from cppo_trl.trainer import CPPOTrainer
+
+SERIES = {
+    "reward": "reward",
+    "length": "completions/mean_length",
+    "masked": "cppo/masked",
+    "masked_by_threshold": "cppo/masked_by_threshold",
+    "masked_by_budget": "cppo/masked_by_budget",
+    "weight": "cppo/weight",
+    "divergence": "cppo/divergence/mean",
+}
+"""What a run's line holds for every rollout, and the log's name for it: means over the updates of the rollout."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """The built-in task of a study: sums of ``terms`` digits, and the warm start that all runs begin from."""
+
+    terms: int = 6
+    error_rate: float = 0.25
+    warm_start_steps: int = 1000
+    hidden: int = 64
+    train_problems: int = 8000
+    test_problems: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; a value of ``fields`` is one of `CPPOConfig`'s."""
+
+    setting: str
+    method: str
+    seed: int
+    rollouts: int
+    responses_per_rollout: int
+    updates_per_rollout: int
+    stale_rollouts: int = 0
+    """The rollout policy is that of so many rollouts ago."""
+    evaluate_every: int = 15
+    """Rollouts between two evaluations on the held-out problems."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What tells the runs of a study apart."""
+        return self.setting, self.method, self.seed
+
+    def config(self, output_dir: str) -> CPPOConfig:
+        """The configuration of the run; refuses what `CPPOConfig` refuses."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # one update per rollout is meant here
+            return CPPOConfig(
+                output_dir,
+                use_cpu=True,
+                bf16=False,
+                gradient_checkpointing=False,
+                per_device_train_batch_size=self.responses_per_rollout // self.updates_per_rollout,
+                steps_per_generation=self.updates_per_rollout,
+                max_steps=self.rollouts * self.updates_per_rollout,
+                logging_steps=self.updates_per_rollout,
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                seed=self.seed,
+                **self.fields,
+            )
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its YAML file gives it."""
+
+    name: str
+    task: Task
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> "Study":
+        """Read a study; every run's configuration is checked.
+
+        Raises:
+            ValueError: for an unknown key, a run that is named twice, or a value that `CPPOConfig` refuses.
+        """
+        content = yaml.safe_load(path.read_text())
+        unknown = set(content) - {"task", "common", "settings", "methods", "seeds"}
+        if unknown:
+            raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known: task, common, settings, methods, seeds.")
+        runs = tuple(_expand(path, content))
+        with TemporaryDirectory() as directory:
+            for run in runs:
+                try:
+                    run.config(directory)
+                except (TypeError, ValueError) as error:
+                    raise ValueError(f"{path}: setting {run.setting!r}, method {run.method!r}: {error}") from error
+        return cls(path.stem, Task(**content.get("task", {})), runs)
+
+
+def _expand(path: Path, content: Mapping[str, Any]) -> Iterator[Run]:
+    of_the_run = {name for name in Run.__dataclass_fields__ if name not in ("setting", "method", "seed", "fields")}
+    for setting, changes in content["settings"].items():
+        changes = dict(changes or {})  # noqa: PLW2901
+        methods, seeds = changes.pop("methods", list(content["methods"])), changes.pop("seeds", content["seeds"])
+        for method in methods:
+            if method not in content["methods"]:
+                raise ValueError(f"{path}: setting {setting!r} names the method {method!r}, which methods lacks.")
+            merged = {**content["common"], **changes, **(content["methods"][method] or {})}
+            schedule = {name: merged.pop(name) for name in of_the_run if name in merged}
+            for seed in seeds:
+                yield Run(str(setting), method, seed, **schedule, fields=merged)
+
+
+def prepare(task: Task, directory: Path) -> Path:
+    """Make, or find from an earlier call, the warm start of a task below ``directory``; return its path."""
+    name = "-".join(str(value) for value in asdict(task).values())
+    model = directory / f"warm-start-{name}"
+    if not (model / "config.json").exists():
+        unfinished = model.with_suffix(".tmp")
+        _, held_out = _problems(task)
+        arithmetic.warm_start(
+            unfinished,
+            terms=task.terms,
+            error_rate=task.error_rate,
+            seed=task.seed,
+            exclude=set(held_out["prompt"]),
+            steps=task.warm_start_steps,
+            hidden=task.hidden,
+        )
+        unfinished.rename(model)
+    return model
+
+
+def _problems(task: Task) -> tuple[Any, Any]:
+    test = arithmetic.problems(task.test_problems, task.terms, task.seed)
+    return arithmetic.problems(task.train_problems, task.terms, task.seed + 1, set(test["prompt"])), test
+
+
+class _Evaluation(TrainerCallback):
+    """Held-out accuracy before the first update and every so many rollouts; counts rollouts for the progress bar."""
+
+    def __init__(self, run: Run, measure: Callable[[Any], Any], on_rollout: Callable[[], None]) -> None:
+        self.run, self.measure, self.on_rollout = run, measure, on_rollout
+        self.points: list[list[float]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._measure(0, kwargs["model"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        rollout, within = divmod(state.global_step, self.run.updates_per_rollout)
+        if within:
+            return
+        self.on_rollout()
+        if rollout % self.run.evaluate_every == 0 or rollout == self.run.rollouts:
+            self._measure(rollout, kwargs["model"])
+
+    def _measure(self, rollout: int, model: Any) -> None:
+        accuracy = self.measure(model)
+        self.points.append([rollout, accuracy.avg_at_k, accuracy.avg_at_k_stderr, accuracy.greedy])
+
+
+class LaggedRollouts:
+    """A ``rollout_func`` that samples from the weights of ``lag`` rollouts ago, as an asynchronous engine does."""
+
+    def __init__(self, lag: int) -> None:
+        self.snapshots: deque[dict[str, Tensor]] = deque(maxlen=lag + 1)
+        self.model: Any = None
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
+        """Answer plain-text prompts; the log-probs are those of the lagged policy, at the run's temperature."""
+        self.snapshots.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+        if self.model is None:
+            self.model = copy.deepcopy(trainer.model).eval()
+        self.model.load_state_dict(self.snapshots[0])
+        args, pad, eos = trainer.args, trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id
+        inputs = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
+        width = inputs["input_ids"].size(1)
+        output = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=True,
+            temperature=args.temperature,
+            top_k=0,
+            max_new_tokens=args.max_completion_length,
+            pad_token_id=pad,
+        )
+        answers = [row[: (row == eos).nonzero()[0, 0] + 1] if eos in row else row for row in output[:, width:]]
+        completion = pad_sequence(answers, batch_first=True, padding_value=pad)
+        attention = torch.cat([inputs["attention_mask"], (completion != pad).long()], 1)
+        logits = self.model(input_ids=torch.cat([inputs["input_ids"], completion], 1), attention_mask=attention).logits
+        logps = (logits[:, width - 1 : -1] / args.temperature).log_softmax(-1)
+        sampled = logps.gather(-1, completion.unsqueeze(-1)).squeeze(-1)
+        return {
+            "prompt_ids": trainer.processing_class(prompts)["input_ids"],
+            "completion_ids": [row.tolist() for row in answers],
+            "logprobs": [row[: len(answer)].tolist() for row, answer in zip(sampled, answers, strict=True)],
+        }
+
+
+def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    """Make one run.
+
+    Returns:
+        Its line: the run, a value for each rollout of the names in `SERIES`, ``evaluations`` (rollout, avg@16, its
+        standard error, greedy accuracy), ``profile`` (as `metrics.position_profile`, summed over the run),
+        ``seconds`` and versions.
+    """
+    train, test = _problems(task)
+    tokenizer = AutoTokenizer.from_pretrained(warm_start)
+    with TemporaryDirectory() as directory:
+        config = run.config(directory)
+
+        def measure(model: Any) -> Any:
+            return evaluate(
+                model,
+                tokenizer,
+                test["prompt"],
+                test["solution"],
+                accuracy_reward,
+                max_new_tokens=config.max_completion_length,
+                seed=task.seed,
+            )
+
+        evaluation = _Evaluation(run, measure, on_rollout)
+        trainer = CPPOTrainer(
+            str(warm_start),
+            accuracy_reward,
+            config,
+            train_dataset=train,
+            rollout_func=LaggedRollouts(run.stale_rollouts) if run.stale_rollouts else None,
+            callbacks=[evaluation],
+        )
+        trainer.remove_callback(PrinterCallback)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        profiles = [json.loads(line) for line in (Path(directory) / "trust_region.jsonl").read_text().splitlines()]
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    return {
+        **asdict(run),
+        "task": asdict(task),
+        **{name: [_short(row.get(logged, math.nan)) for row in rows] for name, logged in SERIES.items()},
+        "evaluations": [[_short(value) for value in point] for point in evaluation.points],
+        "profile": {
+            name: [_short(math.fsum(p[name][i] for p in profiles)) for i in range(len(profiles[0][name]))]
+            for name in profiles[0]
+            if name != "step"
+        },
+        "seconds": round(seconds, 1),
+        "versions": {name: version(name) for name in ("cppo-trl", "trl", "transformers", "torch")},
+    }
+
+
+def _short(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def finished(path: Path, study: Study) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """The runs of a study that are in its file of JSON lines; a line that an interruption cut short is left out.
+
+    Raises:
+        ValueError: if a run was made with other fields, or on another task, than the study now gives.
+    """
+    lines = {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        lines[line["setting"], line["method"], line["seed"]] = line
+    for run in study.runs:
+        line = lines.get(run.key)
+        expected = json.loads(json.dumps({**asdict(run), "task": asdict(study.task)}))
+        changed = [name for name, value in expected.items() if line is not None and line[name] != value]
+        if changed:
+            raise ValueError(
+                f"{path} holds {run.key} with another value of {changed}. Remove its line to make it anew, or give "
+                "another --output."
+            )
+    return {run.key: lines[run.key] for run in study.runs if run.key in lines}
