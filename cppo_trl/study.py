@@ -4,7 +4,6 @@ A YAML file names the task, the fields that all runs share, the settings and the
 JSON line; runs that are in the file already are not made again.
 """
 
-import copy
 import json
 import math
 import time
@@ -199,7 +198,7 @@ class LaggedRollouts:
         """Answer plain-text prompts; the log-probs are those of the lagged policy, at the run's temperature."""
         self.snapshots.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         if self.model is None:
-            self.model = copy.deepcopy(trainer.model).eval()
+            self.model = type(trainer.model)(trainer.model.config).eval()  # a copy would call the patched forward
         self.model.load_state_dict(self.snapshots[0])
         args, pad, eos = trainer.args, trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id
         inputs = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -215,7 +214,8 @@ class LaggedRollouts:
         )
         answers = [row[: (row == eos).nonzero()[0, 0] + 1] if eos in row else row for row in output[:, width:]]
         completion = pad_sequence(answers, batch_first=True, padding_value=pad)
-        attention = torch.cat([inputs["attention_mask"], (completion != pad).long()], 1)
+        answered = pad_sequence([torch.ones_like(row) for row in answers], batch_first=True)
+        attention = torch.cat([inputs["attention_mask"], answered], 1)
         logits = self.model(input_ids=torch.cat([inputs["input_ids"], completion], 1), attention_mask=attention).logits
         logps = (logits[:, width - 1 : -1] / args.temperature).log_softmax(-1)
         sampled = logps.gather(-1, completion.unsqueeze(-1)).squeeze(-1)

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a run takes one core
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**30))  # the workers keep their memory: a run is 1.2x as fast
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**30))
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import datasets
