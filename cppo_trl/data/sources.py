@@ -4,7 +4,7 @@ Files come from the Hub's cache, which ``hf download`` fills too, from the Hub, 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def load_raw_local(path: str | Path, columns: Mapping[str, str]) -> Dataset:
     """Load a file's own rows, nested columns flattened; arguments and errors as of :func:`load_local`."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {str(path)!r}")
-    data = _read_files([Path(path)], {column.split(".")[0] for column in columns.values()}).flatten()
-    _check_columns(data, columns.values(), path)
+    data = _read_files([Path(path)], dict.fromkeys(column.split(".")[0] for column in columns.values())).flatten()
+    _check_columns(data.column_names, columns.values(), path)
     return data
 
 
@@ -232,14 +232,15 @@ def _read_files(files: list[Path], columns: Iterable[str]) -> Dataset:
     if kind is None:
         raise ValueError(f"{files[0]} is none of {', '.join(FORMATS)}")
     options = {}
-    if kind == "parquet":  # the others cannot leave columns out
-        options["columns"] = [column for column in pq.read_schema(files[0]).names if column in set(columns)]
+    if kind == "parquet":  # the only kind of which columns can be left out
+        _check_columns(pq.read_schema(files[0]).names, columns, files[0])
+        options["columns"] = list(columns)
     data = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    _check_columns(data, columns, files[0])
+    _check_columns(data.column_names, columns, files[0])
     return data
 
 
-def _check_columns(data: Dataset, columns: Iterable[str], path: str | Path) -> None:
-    missing = [column for column in columns if column not in data.column_names]
+def _check_columns(present: Sequence[str], columns: Iterable[str], path: str | Path) -> None:
+    missing = [column for column in columns if column not in present]
     if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}")
+        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(present)}")
