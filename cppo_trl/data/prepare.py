@@ -61,9 +61,10 @@ class PrepareArguments:
         template_named(self.template)
         if not self.sources:
             raise ValueError("sources must name at least one source")
-        if twice := [name for name, count in Counter(self.sources + self.test_sources).items() if count > 1]:
+        names = Counter(source_name(spec) for spec in self.sources + self.test_sources)
+        if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"sources and test_sources name {', '.join(twice)} twice")
-        if wrong := [name for name in self.sources if (known := SOURCES.get(name.split("=")[0])) and known.evaluation]:
+        if wrong := [name for name in map(source_name, self.sources) if name in SOURCES and SOURCES[name].evaluation]:
             raise ValueError(f"sources names {', '.join(wrong)}, which is for evaluation only")
         if Path(self.output_dir).exists():
             raise ValueError(f"output_dir={self.output_dir!r} exists: name another, or remove it")
@@ -75,13 +76,22 @@ class PrepareArguments:
             raise ValueError("decontaminate must name evaluation sources, or be none alone")
         if self.decontaminate == ["none"]:
             self.decontaminate = []
+        for spec in (*self.sources, *self.test_sources, *self.decontaminate):
+            if source_name(spec) not in SOURCES and not Path(spec).is_file():
+                raise ValueError(f"{spec!r} is neither a file nor one of {', '.join(SOURCES)}")
         if wrong := [pair for pair in self.columns if "=" not in pair]:
             raise ValueError(f"columns takes KEY=COLUMN, as prompt=question; got {', '.join(wrong)}")
         self.column_map = local_columns(dict(pair.split("=", 1) for pair in self.columns))
 
 
+def source_name(spec: str) -> str:
+    """Return the name in ``NAME`` or ``NAME=PATH``, and a local file as it is."""
+    name = spec.partition("=")[0]
+    return name if name in SOURCES else spec
+
+
 @dataclass
-class Row:
+class Tally:
     """A row of the summary: what became of one source.
 
     Attributes:
@@ -114,7 +124,7 @@ class Summary:
         first: The first row of the train split.
     """
 
-    rows: list[Row] = field(default_factory=list)
+    rows: list[Tally] = field(default_factory=list)
     examples: dict[str, list[str]] = field(default_factory=dict)
     compared: dict[str, int] = field(default_factory=dict)
     first: dict[str, Any] = field(default_factory=dict)
@@ -156,39 +166,41 @@ def prepare(args: PrepareArguments) -> Summary:
         if tokenizer.chat_template is None:
             raise ValueError(f"tokenizer {args.tokenizer!r} has no chat template, which prompts of messages need")
     raw = _load_all(args)
-    data = {spec: standardise(rows, name, read, args.template) for spec, (rows, name, read) in raw.items()}
+    data = {}
+    for spec, rows in raw.items():
+        name = source_name(spec)
+        read = SOURCES[name].read if name in SOURCES else LocalReader(args.column_map)
+        data[spec] = standardise(rows, name, read, args.template)
     evaluation = {spec: data[spec] for spec in (*args.decontaminate, *args.test_sources)}
     summary = Summary(compared={spec: len(rows) for spec, rows in evaluation.items()})
     splits = {}
     for split, specs in (("train", args.sources), ("test", args.test_sources)):
-        rows = [Row(split, raw[spec][1], len(raw[spec][0])) for spec in specs]
-        for row, spec in zip(rows, specs, strict=True):
-            row.drop("repeated", row.read - len(data[spec]))
-        summary.rows += rows
+        tallies = [Tally(split, source_name(spec), len(raw[spec])) for spec in specs]
+        for tally, spec in zip(tallies, specs, strict=True):
+            tally.drop("repeated", tally.read - len(data[spec]))
+        summary.rows += tallies
         if specs:
             others = list(evaluation.values()) if split == "train" else []
             whole = concatenate_datasets([data[spec] for spec in specs])
-            splits[split] = _clean(whole, rows, summary.examples, tokenizer, args.max_prompt_tokens, others)
+            splits[split] = _clean(whole, tallies, summary.examples, tokenizer, args.max_prompt_tokens, others)
     if not len(splits["train"]):
         raise ValueError(f"no row is left to train on:\n{summary.rows}")
     summary.first = splits["train"][0]
-    _write(splits, summary, args, [raw[spec][1] for spec in raw])
+    _write(splits, summary, args, list(map(source_name, raw)))
     return summary
 
 
-def _load_all(args: PrepareArguments) -> dict[str, tuple[Dataset, str, Any]]:
-    """Return, for each source as given, its raw rows, its name, and the function that reads a row."""
-    raw: dict[str, tuple[Dataset, str, Any]] = {}
+def _load_all(args: PrepareArguments) -> dict[str, Dataset]:
+    """Return the raw rows of each source as it is given."""
+    raw = {}
     missing = []
     for spec in dict.fromkeys([*args.decontaminate, *args.test_sources, *args.sources]):
-        name, sign, path = spec.partition("=")
+        name = source_name(spec)
         try:
             if name in SOURCES:
-                raw[spec] = load_raw(name, path if sign else None), name, SOURCES[name].read
-            elif Path(spec).is_file():
-                raw[spec] = load_raw_local(spec, args.column_map), spec, LocalReader(args.column_map)
+                raw[spec] = load_raw(name, spec.partition("=")[2] or None)
             else:
-                raise ValueError(f"{spec!r} is neither a file nor one of {', '.join(SOURCES)}")
+                raw[spec] = load_raw_local(spec, args.column_map)
         except SourceUnavailableError as error:
             missing.append(str(error))
     if missing:
@@ -200,18 +212,18 @@ def _load_all(args: PrepareArguments) -> dict[str, tuple[Dataset, str, Any]]:
 
 def _clean(
     data: Dataset,
-    rows: Sequence[Row],
+    tallies: Sequence[Tally],
     examples: dict[str, list[str]],
     tokenizer: Any,
     max_tokens: int | None,
     evaluation: Sequence[Dataset],
 ) -> Dataset:
-    """Apply the filters, and note in ``rows`` and ``examples`` what they drop."""
+    """Apply the filters, and note in ``tallies`` and ``examples`` what they drop."""
 
     def drop(reason: str, found: filters.Reasons) -> Dataset:
         counts = Counter(source for source, why in zip(data["source"], found, strict=True) if why)
-        for row in rows:
-            row.drop(reason, counts[row.source])
+        for tally in tallies:
+            tally.drop(reason, counts[tally.source])
         where = [place for place, why in enumerate(found) if why]
         noted = examples.setdefault(reason, [])
         for place in where[: _EXAMPLES - len(noted)]:
@@ -226,8 +238,8 @@ def _clean(
     if evaluation:
         data = drop("evaluation problem", filters.overlap(data, evaluation))
     kept = Counter(data["source"])
-    for row in rows:
-        row.kept = kept[row.source]
+    for tally in tallies:
+        tally.kept = kept[tally.source]
     return data
 
 

@@ -72,6 +72,7 @@ def test_evaluation_problems_are_found_whole_and_inside_others():
     data = problems(
         (LONG.upper().replace(" ", "\n"), "1"),
         (f"Here is a problem. {LONG} Give it modulo 7.", "1"),
+        (f"Hint: {LONG}", "1"),
         (LONG.replace("2024", "2025"), "1"),
         (LONG.removesuffix(" is 2024."), "1"),
         ("what is $1 + 1$", "2"),
@@ -81,12 +82,19 @@ def test_evaluation_problems_are_found_whole_and_inside_others():
     assert filters.overlap(data, evaluation) == [
         "is aime24/0",
         "contains aime24/0",
+        "contains aime24/0",
         None,
         None,
         "is aime24/1",
         None,
         "is m/0",
     ]
+
+
+def test_the_shortest_quote_is_found_at_the_very_end():
+    evaluation = [problems(("x" * 40, "1"), ("y" * 39, "1"))]
+    data = problems(("a" + "x" * 40, "1"), ("a" + "y" * 39, "1"), ("a" + "x" * 39, "1"))
+    assert filters.overlap(data, evaluation) == ["contains x/0", None, None]
 
 
 def test_overlap_agrees_with_a_plain_search():

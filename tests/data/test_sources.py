@@ -35,6 +35,16 @@ def test_the_names():
     }
 
 
+def test_the_documentation_names_every_source_and_template():
+    text = (Path(__file__).parents[2] / "docs/data.md").read_text()
+    for name, source in SOURCES.items():
+        assert f"| `{name}` | {source.repo}" in text
+        assert f"| {source.licence} |" in text
+    for template in TEMPLATES.values():
+        assert template.user in text
+        assert template.system is None or template.system in text
+
+
 def common(data):
     return [tuple(row[c] for c in ("problem", "solution", "id", "subject", "difficulty")) for row in data]
 
