@@ -11,7 +11,7 @@ from cppo_trl.rewards.math import AccuracyReward, completion_text
 
 GOLD_COLUMNS = ("solution", "answer", "final_answer", "ground_truth", "reward_model.ground_truth")
 PROMPT_COLUMNS = ("prompt", "question", "problem")
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _AMBIGUOUS = {
     "a point or an open interval": r"\(-?[\d.]+,\s*-?[\d.]+\)",
@@ -96,9 +96,9 @@ def load_columns(
     from datasets import load_dataset  # noqa: PLC0415  (slow to import)
 
     if os.path.exists(dataset):
-        kind = _FORMATS.get(os.path.splitext(dataset)[1])
+        kind = FORMATS.get(os.path.splitext(dataset)[1])
         if kind is None:
-            raise ValueError(f"dataset {dataset!r} is none of {', '.join(_FORMATS)}")
+            raise ValueError(f"dataset {dataset!r} is none of {', '.join(FORMATS)}")
         rows = load_dataset(kind, data_files=dataset, split="train")
     else:
         rows = load_dataset(dataset, config, split=split)
