@@ -95,6 +95,8 @@ class CPPOTrainer(GRPOTrainer):
             )
         if args.uses_topk and args.cppo_topk > vocabulary:
             raise ValueError(f"cppo_topk={args.cppo_topk} exceeds the model's vocabulary of {vocabulary}: lower it.")
+        if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
+            self._name, self._paper = args.rule.source.split(",")[0], {}
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed

@@ -335,6 +335,14 @@ def test_model_card_names_the_method_and_its_numbers(make_trainer, tmp_path):
     assert {"trl", "cppo"} <= set(trainer.model.model_tags)
 
 
+def test_model_card_of_a_baseline_does_not_claim_cppo(make_trainer, tmp_path):
+    make_trainer(trust_region="dppo").create_model_card(model_name="tiny")
+    card = (tmp_path / "README.md").read_text()
+    assert "trained with DPPO." in card
+    assert "2606.10968" not in card
+    assert "dppo, binary_tv, delta 0.15" in card
+
+
 def test_start_up_table(make_trainer, capsys):
     make_trainer(steps_per_generation=4)
     table = capsys.readouterr().out
