@@ -129,12 +129,13 @@ def _expand(path: Path, content: Mapping[str, Any]) -> Iterator[Run]:
     for setting, changes in content["settings"].items():
         changes = dict(changes or {})  # noqa: PLW2901
         methods, seeds = changes.pop("methods", list(content["methods"])), changes.pop("seeds", content["seeds"])
-        for method in methods:
-            if method not in content["methods"]:
-                raise ValueError(f"{path}: setting {setting!r} names the method {method!r}, which methods lacks.")
-            merged = {**content["common"], **changes, **(content["methods"][method] or {})}
-            schedule = {name: merged.pop(name) for name in of_the_run if name in merged}
-            for seed in seeds:
+        missing = [method for method in methods if method not in content["methods"]]
+        if missing:
+            raise ValueError(f"{path}: setting {setting!r} names {missing}, which methods lacks.")
+        for seed in seeds:  # outermost, so that a study that was interrupted has compared all methods on some seeds
+            for method in methods:
+                merged = {**content["common"], **changes, **(content["methods"][method] or {})}
+                schedule = {name: merged.pop(name) for name in of_the_run if name in merged}
                 yield Run(str(setting), method, seed, **schedule, fields=merged)
 
 

@@ -42,7 +42,7 @@ def write(tmp_path, **changes):
 def test_expansion(tmp_path):
     study = Study.load(write(tmp_path))
     assert study.name == "small"
-    keys = [("a", m, s) for m in ("cppo", "dppo") for s in (0, 1)] + [("b", "dppo", 7)]
+    keys = [("a", m, s) for s in (0, 1) for m in ("cppo", "dppo")] + [("b", "dppo", 7)]
     assert [run.key for run in study.runs] == keys
     assert study.runs[0].config(str(tmp_path)).cppo_delta == 0.1
     last = study.runs[-1].config(str(tmp_path))
@@ -54,7 +54,7 @@ def test_expansion(tmp_path):
     ("changes", "message"),
     [
         ({"seed": [1]}, r"unknown keys \['seed'\]"),
-        ({"settings": {"a": {"methods": ["ppo"]}}}, "names the method 'ppo'"),
+        ({"settings": {"a": {"methods": ["ppo"]}}}, "names .'ppo'.*, which methods lacks"),
         (
             {"methods": {"cppo": {}, "dppo": {"trust_region": "dppo", "cppo_w_min": 0.5}}},
             "'dppo': cppo_w_min must be left at",
