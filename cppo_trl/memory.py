@@ -151,9 +151,9 @@ class Workload:
 
 
 def model_states(shape: ModelShape, layout: Layout, work: Workload) -> dict[str, float]:
-    """Weights, gradients, AdamW's two moments, and the buffers that go with the layout.
+    """Weights, gradients, AdamW's two moments, communication buckets, and copies of weights that an update makes.
 
-    One process and DDP hold all of them in fp32 (16 P); DDP's buckets are one more copy of the gradients; autocast
+    One process and DDP hold the first three in fp32 (16 P); DDP's buckets are one more copy of the gradients; autocast
     keeps 16-bit copies of the matrices during a forward pass. DeepSpeed computes with bf16 weights and gradients (2 P
     each) beside fp32 weights and moments (12 P / N): ZeRO-2 holds all the weights and 1/N of the gradients, ZeRO-3
     1/N of both. FSDP2 shards the fp32 states (16 P / N) and holds two layers and the embeddings in bf16 as it goes.
@@ -168,18 +168,17 @@ def model_states(shape: ModelShape, layout: Layout, work: Workload) -> dict[str,
     if deepspeed:
         weights = 2.0 * (total + work.lora_parameters) / (shards if sharding == "zero3" else 1)
         gradients, optimizer = 2.0 * trained / shards, 12.0 * trained / shards
-        buffers = min(DEEPSPEED_BUCKET, 4.0 * trained)
-        if sharding == "zero3":
-            buffers += min(DEEPSPEED_LIVE, 2.0 * total)
+        buckets = min(DEEPSPEED_BUCKET, 4.0 * trained)
+        copies = min(DEEPSPEED_LIVE, 2.0 * total) if sharding == "zero3" else 0.0
     elif sharding == "fsdp2":
         weights, gradients, optimizer = stored / shards, 4.0 * trained / shards, 8.0 * trained / shards
-        buffers = 2.0 * (2 * shape.layer + shape.head * (1 if shape.tied else 2))
+        buckets, copies = 0.0, 2.0 * (2 * shape.layer + shape.head * (1 if shape.tied else 2))
     else:
         weights, gradients, optimizer = stored, 4.0 * trained, 8.0 * trained
-        buffers = 4.0 * trained if sharding == "ddp" else 0.0
-        if work.weight_bytes == 4:
-            buffers += 2.0 * shape.layers * shape.layer
-    return {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buffers of the layout": buffers}
+        buckets = 4.0 * trained if sharding == "ddp" else 0.0
+        copies = 2.0 * shape.layers * shape.layer if work.weight_bytes == 4 else 0.0
+    kept = {"weights": weights, "gradients": gradients, "optimizer": optimizer, "buckets": buckets}
+    return kept | {"gathered or cast weights": copies}
 
 
 def layer_activations(shape: ModelShape, residual_bytes: int) -> float:
@@ -256,7 +255,7 @@ class Memory:
     """Bytes of one process by part; the parts of ``engine`` are vLLM's, or those of transformers' generation.
 
     Args:
-        states: weights, gradients, optimizer, buffers.
+        states: as `model_states` gives them.
         update: activations and the fused head.
         rollout: the kept rollout.
         engine: what generating takes.
@@ -278,7 +277,8 @@ class Memory:
     @property
     def rollout_peak(self) -> float:
         """While responses are generated: no gradients, no activations."""
-        return self.states["weights"] + self.states["optimizer"] + self.rollout + self.engine + OVERHEAD
+        held = sum(self.states[name] for name in ("weights", "optimizer", "buckets"))
+        return held + self.rollout + self.engine + OVERHEAD
 
     @property
     def peak(self) -> float:

@@ -274,8 +274,11 @@ def _problems(
         problems.append("ds3_gather_for_generation=false cannot be combined with vLLM: set it to true")
     if not model.model_name_or_path:
         problems.append("model_name_or_path must name a model on the Hub or a local directory")
-    if model.use_peft and config.cast_lm_head_to_fp32 and "lm_head" in (model.lora_target_modules or ()):
-        problems.append("lora_target_modules includes lm_head, which cast_lm_head_to_fp32=true does not allow")
+    if model.use_peft and config.cast_lm_head_to_fp32 and shape and shape.tied:
+        problems.append(
+            "cast_lm_head_to_fp32=true: TRL 1.16 fails on it with LoRA where the LM head is the embedding; set it to "
+            "false"
+        )
     return problems
 
 
