@@ -17,6 +17,7 @@ from cppo_trl.memory import (
     GIB,
     MODEL_SHAPES,
     OVERHEAD,
+    SHARDINGS,
     Layout,
     Memory,
     ModelShape,
@@ -122,7 +123,7 @@ def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
         sharding = f"fsdp{cluster.fsdp_config.get('fsdp_version', 1)}"
     else:
         sharding = {"NO": "none", "MULTI_GPU": "ddp"}.get(kind, kind)
-    if sharding not in ("none", "ddp", "zero2", "zero3", "fsdp2"):
+    if sharding not in SHARDINGS:
         raise ValueError(
             f"{accelerate_config}: {sharding} is not known to the dry run. Use DDP, ZeRO-2, ZeRO-3 or FSDP2."
         )
