@@ -42,14 +42,18 @@ ARGUMENT_TYPES = (CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureCo
 
 
 def parse_arguments(
-    args: Sequence[str] | None = None,
+    args: Sequence[str] | None = None, config_type: type[CPPOConfig] = CPPOConfig
 ) -> tuple[CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig]:
     """Parse ``--config FILE.yaml`` and command-line fields, which win over the file's.
+
+    Args:
+        args: the command line; None for the process's own.
+        config_type: `CPPOConfig`, or a subclass to make in its place.
 
     Raises:
         ValueError: for a field that no dataclass knows, or a value that `CPPOConfig` refuses.
     """
-    parser = TrlParser(ARGUMENT_TYPES)
+    parser = TrlParser(tuple(config_type if kind is CPPOConfig else kind for kind in ARGUMENT_TYPES))
     return parser.parse_args_and_config(args)
 
 
@@ -74,7 +78,7 @@ def train(
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
-    rewards = [_reward(path) for path in script.reward_funcs]
+    rewards = [import_reward(path) for path in script.reward_funcs]
     data = _load(script, mixture)
     _check_split(data, script.dataset_train_split)
     evaluating = config.eval_strategy != "no"
@@ -113,7 +117,12 @@ def train(
     return trainer
 
 
-def _reward(path: str) -> Callable[..., list[float | None]]:
+def import_reward(path: str) -> Callable[..., list[float | None]]:
+    """The reward function at a dotted path, which may be a file beside the recipe.
+
+    Raises:
+        ValueError: if there is none.
+    """
     module, _, name = path.rpartition(".")
     sys.path.insert(0, os.getcwd())  # rewards next to the recipe, as in `trl grpo`
     try:

@@ -5,15 +5,30 @@
 
 Fields of the recipe are those of `cppo_trl.CPPOConfig`, `trl.ModelConfig`, `trl.DatasetMixtureConfig` and
 `cppo_trl.training.CPPOScriptArguments`; the command line wins over the file, and unknown fields are refused.
+
+    python scripts/train.py --dry_run --config FILE.yaml --accelerate_config configs/accelerate/fsdp2.yaml \
+        --num_processes 4 --gpu_memory_gb 80
+
+loads nothing, needs no GPU, and says what the recipe comes to there: schedule, memory, and what cannot work. All three
+options are optional.
 """
 
 import gc
+import sys
 
+from cppo_trl.plan import dry_run
 from cppo_trl.training import parse_arguments, train
 
 
 def main() -> None:
-    """Train as the recipe says."""
+    """Train as the recipe says, or say what that would be."""
+    if "--dry_run" in sys.argv:
+        try:
+            plan = dry_run(sys.argv[1:])
+        except (ValueError, OSError) as error:
+            sys.exit(f"Refused: {error}")
+        print(plan)
+        sys.exit(1 if plan.problems else 0)
     trainer = train(*parse_arguments())
     trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
     trainer.end()

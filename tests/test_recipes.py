@@ -1,0 +1,331 @@
+"""Every recipe through the dry run, against the paper's numbers written here by hand."""
+
+import importlib.util
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from peft import LoraConfig
+
+from cppo_trl.config import TRUST_REGIONS
+from cppo_trl.memory import GIB
+from cppo_trl.plan import config_elsewhere, dry_run, read_layout
+from tests.conftest import tiny_model
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(ROOT.glob("configs/*/*/*.yaml"))
+LAYOUTS = sorted(ROOT.glob("configs/accelerate/*.yaml"))
+
+# arXiv 2606.10968, Table 3: model; prompts, n, minibatch in prompts, updates, T_max, delta, delta_b min, w_min;
+# then whether Eq. 22 is on, the last step of its curves (T_stop), the layout the recipe is meant for, its processes
+TABLE_3 = [
+    ("Qwen/Qwen3-1.7B", 64, 8, 32, 2, 8192, 0.15, 0.015, 0.8, False, 1120, "ddp", 8),
+    ("Qwen/Qwen3-1.7B-Base", 64, 8, 32, 2, 8192, 0.15, 0.020, 0.8, True, 680, "ddp", 8),
+    ("Qwen/Qwen3-8B-Base", 128, 8, 32, 4, 8192, 0.15, 0.020, 0.8, True, 490, "fsdp2", 8),
+    ("Qwen/Qwen3-30B-A3B-Base", 256, 16, 32, 8, 16384, 0.20, 0.020, 0.8, True, 560, "fsdp2-two-nodes", 16),
+]
+SINGLE_GPU = {  # recipe: GB of its card
+    "qwen3-0.6b/gsm8k-lora/cppo": 24,
+    "qwen3-0.6b/gsm8k-lora/no-vllm": 24,
+    "qwen3-1.7b/gsm8k-lora/cppo": 24,
+    "qwen3-1.7b/gsm8k-lora/no-vllm": 24,
+    "qwen3-1.7b/one-gpu/cppo": 80,
+}
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def path_of(model):
+    (path,) = ROOT.glob(f"configs/{model.split('/')[1].lower()}/paper-*/cppo.yaml")
+    return path
+
+
+def plan_of(path, layout=None, *arguments):
+    layout = ["--accelerate_config", ROOT / f"configs/accelerate/{layout}.yaml"] if layout else []
+    return dry_run([str(x) for x in ("--config", path, *layout, *arguments)])
+
+
+@pytest.mark.parametrize("row", TABLE_3, ids=lambda row: row[0])
+@pytest.mark.filterwarnings("error")  # a doubtful setting would warn
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_paper_s_settings_number_for_number(row):
+    model, prompts, n, minibatch, updates, length, delta, delta_b, w_min, dynamic, stop, layout, processes = row
+    plan = plan_of(path_of(model), layout, "--gpu_memory_gb", 80)
+    config = plan.config
+    assert plan.problems == []
+    assert (plan.layout.processes, plan.rows["model"].split(",")[0]) == (processes, model)
+    assert config.generation_batch_size == prompts * n
+    assert (config.num_generations, config.max_completion_length) == (n, length)
+    assert plan.prompts_per_update == minibatch
+    assert (config.updates_per_rollout, config.num_iterations) == (updates, 1)
+    assert (config.trust_region, config.cppo_divergence, config.cppo_topk) == ("cppo", "topk_tv", 20)
+    assert (config.cppo_delta, config.cppo_delta_b, config.cppo_w_min) == (delta, delta_b, w_min)
+    assert config.cppo_delta_b_quantile == (0.9 if dynamic else None)
+    assert config.cppo_delta_b_max_multiple == 2
+    assert config.cppo_ratio_cap is None
+    assert (config.temperature, config.top_p, config.top_k, config.min_p) == (1.0, 1.0, 0, None)
+    assert (config.beta, config.entropy_coef, config.skip_zero_std_prompts) == (0.0, 0.0, True)
+    assert (config.learning_rate, config.optim) == (1e-6, "adamw_torch")
+    assert config.max_steps == stop * updates
+    # the authors' codes where the paper is silent
+    assert (config.loss_type, config.scale_rewards) == ("dr_grpo", "none")
+    assert (config.lr_scheduler_type, config.warmup_steps, config.weight_decay) == ("constant", 0, 0.01)
+    assert (config.adam_beta1, config.adam_beta2, config.adam_epsilon, config.max_grad_norm) == (0.9, 0.999, 1e-8, 1.0)
+    assert config.bf16
+    assert config.cast_lm_head_to_fp32
+    assert config.logging_steps == updates
+
+
+@pytest.mark.parametrize("row", TABLE_3, ids=lambda row: row[0])
+def test_on_another_number_of_processes_the_plan_says_what_changes(row):
+    model, prompts, _, minibatch, updates, *_, processes = row
+    half = plan_of(path_of(model), row[-2], "--num_processes", processes // 2)
+    assert half.config.generation_batch_size == prompts * row[2]  # the rollout stays ...
+    assert half.prompts_per_update == minibatch / 2  # ... the updates do not
+    assert half.config.updates_per_rollout == 2 * updates
+    doubled = half.config.gradient_accumulation_steps * 2  # what docs/recipes.md says to change
+    mended = plan_of(
+        path_of(model), row[-2], "--num_processes", processes // 2, "--gradient_accumulation_steps", doubled
+    )
+    assert (mended.prompts_per_update, mended.config.updates_per_rollout) == (minibatch, updates)
+
+
+@pytest.mark.parametrize("rule", TRUST_REGIONS)
+@pytest.mark.parametrize("row", TABLE_3, ids=lambda row: row[0])
+def test_every_baseline_is_the_recipe_with_one_other_line(row, rule, tmp_path):
+    recipe = path_of(row[0]).read_text()
+    (ours,) = (line for line in recipe.splitlines() if line.startswith("<<:"))
+    (line,) = (
+        line for line in recipe.splitlines() if f"<<: {{ trust_region: {rule}" in line and f"{rule}_" not in line
+    )
+    path = tmp_path / "baseline.yaml"
+    path.write_text(recipe.replace(ours, line.removeprefix("# ")))
+    plan = plan_of(path, row[-2], "--gpu_memory_gb", 80)
+    assert plan.problems == []
+    assert plan.rows["trust region"].startswith(f"{rule}," if rule != "none" else "none")
+    if rule in ("cppo", "cppo_soft", "dppo"):
+        assert (plan.config.cppo_delta, plan.config.cppo_divergence) == (row[6], "topk_tv")
+
+
+@pytest.mark.parametrize("recipe", SINGLE_GPU)
+def test_single_gpu_recipes_fit_their_card_and_leave_the_policy_off_the_rollout(recipe):
+    plan = plan_of(ROOT / f"configs/{recipe}.yaml", None, "--gpu_memory_gb", SINGLE_GPU[recipe])
+    assert plan.problems == []
+    assert plan.config.updates_per_rollout == 2
+    assert plan.memory.peak < 0.95 * SINGLE_GPU[recipe] * GIB
+
+
+def test_no_recipe_is_left_out():
+    listed = {path_of(row[0]) for row in TABLE_3} | {ROOT / f"configs/{name}.yaml" for name in SINGLE_GPU}
+    assert listed == set(RECIPES)
+    assert all((path.parent / "README.md").is_file() for path in RECIPES)
+
+
+def test_the_documents_give_the_estimates_of_the_dry_run():
+    lines = (ROOT / "docs/recipes.md").read_text().splitlines()
+    meant = {path_of(row[0]): (row[-2], 80) for row in TABLE_3}
+    meant |= {ROOT / f"configs/{name}.yaml": (None, gpu) for name, gpu in SINGLE_GPU.items()}
+    for path, (layout, gpu) in meant.items():
+        gib = f"{plan_of(path, layout, '--gpu_memory_gb', gpu).memory.peak / GIB:.0f}"
+        (row,) = (line for line in lines if f"`{path.parent.relative_to(ROOT)}`" in line)
+        assert gib in row.split("|")[-2].replace("(", "").split()
+        assert f"about {gib} GiB" in " ".join((path.parent / "README.md").read_text().split())
+
+
+@pytest.mark.parametrize("path", LAYOUTS, ids=lambda path: path.stem)
+def test_accelerate_files_are_accelerate_s(path):
+    cluster = load_config_from_file(str(path))
+    layout = read_layout(str(path), None)
+    kinds = {
+        "ddp": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "fsdp2-two-nodes": "FSDP",
+        "zero2": "DEEPSPEED",
+        "zero3": "DEEPSPEED",
+    }
+    assert cluster.distributed_type == kinds[path.stem]
+    assert (cluster.mixed_precision, layout.sharding) == ("bf16", path.stem.split("-")[0])
+    assert layout.processes == cluster.num_processes == 8 * cluster.num_machines
+
+
+def test_plugins_take_the_fields_of_the_files():
+    from accelerate import FullyShardedDataParallelPlugin
+
+    for path in LAYOUTS:
+        cluster = load_config_from_file(str(path))
+        if cluster.fsdp_config:
+            fields = {name.removeprefix("fsdp_"): value for name, value in cluster.fsdp_config.items()}
+            plugin = FullyShardedDataParallelPlugin(
+                **{
+                    {"version": "fsdp_version", "offload_params": "cpu_offload"}.get(k, k): v
+                    for k, v in fields.items()
+                }
+            )
+            assert plugin.fsdp_version == 2
+            assert plugin.reshard_after_forward is True
+
+
+SMALL = str(ROOT / "configs/qwen3-1.7b/paper-8k/cppo.yaml")
+LORA = str(ROOT / "configs/qwen3-0.6b/gsm8k-lora/cppo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", SMALL, "--cppo_detla", "1"], "cppo_detla"),
+        (["--config", SMALL, "--num_processes", "3"], "must be divisible by the global batch size"),
+        (["--config", SMALL, "--num_generations", "3"], "must be divisible by num_generations"),
+        (["--config", SMALL, "--num_processes", "0"], "num_processes must be >= 1"),
+        (["--config", SMALL, "--cppo_topk", "21"], "cppo_topk must be <= 20"),
+        (["--config", SMALL, "--top_p", "0.9"], "top_p=0.9 contradicts"),
+    ],
+)
+def test_what_cannot_work_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        dry_run(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes", "8", "--vllm_tensor_parallel_size", "3"], "does not divide 8 processes"),
+        (["--num_processes", "8", "--vllm_tensor_parallel_size", "32"], "does not divide 16 attention heads"),
+        (["--max_completion_length", "9216"], "leaves no room for a prompt"),
+        (["--max_completion_length", "40960", "--vllm_max_model_length", "41000"], "exceed the model's context"),
+        (["--gpu_memory_gb", "24"], "an update needs about"),
+        (["--gpu_memory_gb", "80", "--use_vllm", "false"], "lower generation_batch_size"),
+        (["--gpu_memory_gb", "80", "--vllm_gpu_memory_utilization", "0.05"], "raise vllm_gpu_memory_utilization"),
+        (["--reward_funcs", "nowhere.reward"], "cannot import 'nowhere.reward'"),
+    ],
+)
+def test_problems_are_named(arguments, message):
+    plan = dry_run(["--config", SMALL, *arguments])
+    assert any(message in problem for problem in plan.problems), plan.problems
+
+
+def test_a_cast_head_that_trl_cannot_make_is_refused(make_trainer):
+    plan = dry_run(["--config", LORA, "--cast_lm_head_to_fp32", "true"])
+    assert any("TRL 1.16 fails on it with LoRA" in problem for problem in plan.problems)
+    assert plan_of(path_of("Qwen/Qwen3-8B-Base"), None, "--use_peft", "true").problems == []  # untied
+    lora = {"peft_config": LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")}
+    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has mended it: drop the refusal
+        make_trainer(model=tiny_model(tie_word_embeddings=True), cast_lm_head_to_fp32=True, trainer=lora)
+
+
+def test_what_this_machine_lacks_is_a_note_and_no_problem():
+    plan = plan_of(SMALL, "zero3")
+    text = str(plan)
+    for name in ("vllm", "deepspeed", "trackio"):
+        assert (f"note: {name} is not installed here" in text) == (importlib.util.find_spec(name) is None)
+    assert "data/dapo-math-17k" in text
+    assert plan.config.bf16
+    assert not plan.config.use_cpu  # the recipe's own, checked as on a GPU
+    assert plan.problems == []
+
+
+def test_models_the_table_does_not_know(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    here = dry_run(["--config", LORA, "--model_name_or_path", str(tmp_path)])
+    parameters = sum(p.numel() for p in tiny_model().parameters())
+    assert f"{parameters / 1e9:.2f} B parameters" in here.rows["model"]
+    elsewhere = dry_run(["--config", LORA, "--model_name_or_path", "somebody/model"])
+    assert elsewhere.memory is None
+    assert any("memory is not estimated" in note for note in elsewhere.notes)
+
+
+def test_a_config_made_for_elsewhere_is_the_one_made_there():
+    fields = {"output_dir": "out", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "bf16": False}
+    there = config_elsewhere(4)(**fields)
+    here = config_elsewhere(1)(**{**fields, "per_device_train_batch_size": 16})
+    assert there.generation_batch_size == here.generation_batch_size == 64
+    assert there.world_size == 4
+
+
+def test_the_script_prints_the_plan_and_its_exit_status_says_whether_it_can_work(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", SMALL, *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
+        return stopped.value.code
+
+    assert run("--num_processes", "8", "--gpu_memory_gb", "80") == 0
+    assert "64 prompts x 8 responses = 512" in capsys.readouterr().out
+    assert run("--num_processes", "8", "--gpu_memory_gb", "24") == 1
+    assert "problem: an update needs about" in capsys.readouterr().out
+    assert run("--cppo_w_min", "2").startswith("Refused: cppo_w_min must be")
+
+
+def test_batch_script_starts_a_server_on_the_last_machine_and_trains_on_the_others(tmp_path):
+    log = tmp_path / "log"
+    stubs = {  # srun runs its command once for each task; the others write down how they were called
+        "scontrol": "printf 'n1\\nn2\\nn3\\n'",
+        "srun": 'while [ "$1" != bash ]; do export "${1#--}"; shift; done\n'
+        '[ $ntasks = 1 ] && exec "$@"\nfor i in $(seq 0 $((ntasks - 1))); do SLURM_PROCID=$i "$@"; done',
+        "vllm": f'echo "vllm@$nodelist dev=$VLLM_SERVER_DEV_MODE $*" >> {log}; exec sleep 60',
+        "accelerate": f'until [ -s {log} ]; do sleep 0.05; done; echo "accelerate@$nodelist $*" >> {log}',
+    }
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    recipe, layout = "configs/qwen3-30b-a3b-base/paper-16k/cppo.yaml", "configs/accelerate/fsdp2-two-nodes.yaml"
+    done = subprocess.run(
+        ["bash", "configs/slurm/train-with-server.sbatch", recipe, layout, "--seed", "1"],
+        cwd=ROOT,
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "n[1-3]"},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    server, *trainers = log.read_text().splitlines()
+    assert server.startswith("vllm@n3 dev=1 serve Qwen/Qwen3-30B-A3B-Base ")
+    for option in ('{"backend": "nccl"}', "processed_logprobs --max-logprobs 20", "--max-model-len 17408"):
+        assert option in server
+    assert len(trainers) == 2
+    for rank, line in enumerate(trainers):
+        assert line.startswith("accelerate@n1,n2 launch")
+        assert f"--num_machines 2 --num_processes 16 --machine_rank {rank} --main_process_ip n1" in line
+        assert line.endswith(f"--config {recipe} --vllm_server_host n3 --seed 1")
+
+
+NOTEBOOK = json.loads((ROOT / "configs/colab/cppo-gsm8k.ipynb").read_text())
+
+
+def test_notebook_is_valid_and_runs_on_a_tiny_model(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
+    ids = [cell["id"] for cell in NOTEBOOK["cells"]]
+    assert len(set(ids)) == len(ids)
+    code = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
+    install, settings, *rest = code
+    assert install.startswith("%pip install")
+
+    import datasets
+
+    from cppo_trl.data import arithmetic
+
+    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")  # as Qwen3-0.6B
+    tokenizer = arithmetic.tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}="
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = {"question": ["3+5", "2+4"] * 4, "answer": ["eight\n#### 1,008", "six\n#### 6"] * 4}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows))
+    monkeypatch.setattr(
+        "cppo_trl.rewards.accuracy_reward", lambda completions, **_: [len(str(c)) for c in completions]
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(settings, "settings", "exec"), names)
+    names |= {"MODEL": str(tmp_path / "model"), "ROLLOUTS": 1, "COMPLETION_TOKENS": 8}
+    for cell in rest:
+        exec(compile(cell, "cell", "exec"), names)
+    assert names["data"][0]["solution"] == "1008"
+    assert names["config"].updates_per_rollout == 2
+    assert "cppo/masked" in names["trainer"].state.log_history[0]
