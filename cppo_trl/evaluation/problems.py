@@ -63,8 +63,8 @@ def load_problems(benchmarks: Sequence[str], template: str | None = None) -> lis
         ValueError: For an unknown name, two benchmarks of one name, or unfit rows.
     """
     names = [Path(path).stem if _is_file(path) else path.partition("=")[0] for path in benchmarks]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"benchmarks must name at least one benchmark, each once; got {list(benchmarks)}.")
+    if not names or len({*names, "mean"}) <= len(names):
+        raise ValueError(f"benchmarks must name at least one, each once and none 'mean'; got {list(benchmarks)}.")
     loaded = [_load(benchmark, template) for benchmark in benchmarks]
     return [problem for name, data in zip(names, loaded, strict=True) for problem in problems_of(name, data)]
 
