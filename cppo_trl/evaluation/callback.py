@@ -88,8 +88,11 @@ class EvaluationCallback(TrainerCallback):
         if len(metrics) > 1:
             del metrics["mean"]
             logs |= {f"{name}/{key}": value for name, values in metrics.items() for key, value in values.items()}
+        control = self.trainer.control
+        training_row_due = control.should_log  # a log clears it
         # transformers' own log: GRPOTrainer's would also write out the training metrics gathered so far
         Trainer.log(self.trainer, {f"eval_{name}": value for name, value in logs.items() if value is not None})
+        control.should_log = training_row_due
 
     def _parts(self, processes: int) -> list[Sequence[Problem]]:
         if getattr(self.trainer, "use_vllm", False):  # an engine batches by itself

@@ -11,12 +11,16 @@ from cppo_trl.evaluation import EvaluationCallback, Sampling, evaluate, problems
 from tests.conftest import digit_reward
 
 SAMPLING = Sampling(samples=4, temperature=0.5, top_p=0.9, max_new_tokens=6, seed=3)
-ROUNDS = "abc"
 
 
 def right_if_short(completions, solution):
     """Tells models apart, and gives right and wrong answers."""
     return [float(len(text) % 2) for text in completions]
+
+
+def training_rows(trainer):
+    rows = [row for row in trainer.state.log_history if "eval_avg@4" not in row]
+    return [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in rows]
 
 
 def problems():
@@ -43,11 +47,9 @@ def test_it_evaluates_on_time_and_training_goes_on_as_without(make_trainer):
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
     evaluations = [row for row in trainer.state.log_history if "eval_avg@4" in row]
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
-    others = [row for row in trainer.state.log_history if "eval_avg@4" not in row]
-    timeless = [{k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in others]
-    assert timeless == [
-        {k: v for k, v in row.items() if "time" not in k and "per_second" not in k} for row in alone.state.log_history
-    ]  # the rows of training are whole: one mean over all five updates
+    # the rows of training are as without: the mean over all five updates, and the summary
+    assert training_rows(trainer) == training_rows(alone)
+    assert len(training_rows(alone)) == 2
     assert len({row["eval_avg@4"] for row in evaluations}) > 1
     for row in evaluations:
         assert row["eval_avg@4"] == pytest.approx((row["eval_sums/avg@4"] + row["eval_pairs/avg@4"]) / 2)
@@ -66,15 +68,14 @@ def test_the_numbers_are_those_of_the_model(make_trainer, peft):
     trainer = make_trainer(gradient_checkpointing=True, trainer={"peft_config": peft}, learning_rate=3e-2)
     sums = problems_of("sums", arithmetic.problems(6, 3, 0))
     greedy = Sampling(samples=1, temperature=0, max_new_tokens=6)
-    trainer.add_callback(EvaluationCallback(trainer, sums, greedy, every=4, reward=lambda **kw: digit_reward(**kw)))
+    trainer.add_callback(EvaluationCallback(trainer, sums, greedy, every=4, reward=digit_reward))
     trainer.train()
-    row = trainer.state.log_history[-2]
+    first, last = (row for row in trainer.state.log_history if "eval_avg@1" in row)
     prompts, solutions = [p.prompt for p in sums], [p.solution for p in sums]
     tokenizer = arithmetic.tokenizer()
     after = evaluate(trainer.model, tokenizer, prompts, solutions, digit_reward, k=1, max_new_tokens=6)
-    assert row["eval_avg@1"] == pytest.approx(after.greedy)
-    assert row["eval_avg@1"] != trainer.state.log_history[0]["eval_avg@1"]
-    assert {k for k in row if k.startswith("eval_")} == {k for k in trainer.state.log_history[0] if "eval_" in k}
+    assert last["eval_avg@1"] == pytest.approx(after.greedy)
+    assert last["eval_avg@1"] != first["eval_avg@1"]
 
 
 def test_a_resumed_training_is_not_evaluated_at_its_start(make_trainer):

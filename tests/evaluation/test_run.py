@@ -17,7 +17,6 @@ from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
 from cppo_trl.evaluation.grading import Evaluator
 from tests.conftest import tiny_model
 
-
 ROOT = Path(__file__).parents[2]
 
 
