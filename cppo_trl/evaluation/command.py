@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from cppo_trl import __version__
 from cppo_trl.evaluation.generation import (
     Generator,
     Sampling,
@@ -128,12 +129,12 @@ def evaluate_command(args: EvaluationArguments) -> str:
     assert args.batch_size is not None  # set by __post_init__
     parts = chunks(problems, args.batch_size, args.samples)
     records = run(directory, settings, parts, lambda: _evaluator(args))
-    names = ["cppo-trl", "torch", "transformers", "math-verify"]
-    versions = {name: version(name) for name in names}
+    versions = {name: version(name) for name in ("torch", "transformers", "math-verify")}
     if args.backend == "vllm":
         import vllm  # noqa: PLC0415  (optional; its distribution has several names)
 
         versions["vllm"] = vllm.__version__
+    versions["cppo-trl"] = __version__
     return write_results(directory, settings, records, versions)
 
 

@@ -60,7 +60,8 @@ def load_problems(benchmarks: Sequence[str], template: str | None = None) -> lis
             named benchmarks, and a file's prompts as they are.
 
     Raises:
-        ValueError: For an unknown name, two benchmarks of one name, or unfit rows.
+        ValueError: For an unknown name, two benchmarks of one name, files that are not here and cannot be fetched,
+            or unfit rows.
     """
     names = [Path(path).stem if _is_file(path) else path.partition("=")[0] for path in benchmarks]
     if not names or len({*names, "mean"}) <= len(names):
@@ -79,10 +80,16 @@ def _load(benchmark: str, template: str | None) -> Dataset:
             raise ValueError(f"benchmarks: there is no file {benchmark!r}.")
         if template is None:
             return load_dataset(_FORMATS[Path(benchmark).suffix], data_files=benchmark, split="train")
-        return importlib.import_module("cppo_trl.data.sources").load_local(benchmark, template=template)
+        return _sources().load_local(benchmark, template=template)
     name, _, path = benchmark.partition("=")
     if name not in BENCHMARKS:
         kinds = ", ".join(_FORMATS)
         raise ValueError(f"benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}, nor a file ({kinds}).")
-    load_source = importlib.import_module("cppo_trl.data.sources").load_source
-    return load_source(name, template=template or "boxed", path=path or None)
+    try:
+        return _sources().load_source(name, template=template or "boxed", path=path or None)
+    except _sources().SourceUnavailableError as error:  # it says how to fetch the files elsewhere
+        raise ValueError(str(error)) from error
+
+
+def _sources() -> Any:
+    return importlib.import_module("cppo_trl.data.sources")
