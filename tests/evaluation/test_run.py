@@ -61,8 +61,10 @@ def killed_after(parts, args):
             return answer(self, problems)
 
         Evaluator.__call__ = answer_some
-        evaluate_command(args)
-        os._exit(0)
+        try:
+            evaluate_command(args)
+        finally:
+            os._exit(1)  # the child must not go on with the tests
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
