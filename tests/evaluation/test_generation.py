@@ -97,12 +97,13 @@ def test_evaluate_is_reproducible_and_leaves_no_trace(tokenizer):
         seen.append(list(completions))
         return digit_reward(completions)
 
-    state = torch.get_rng_state()
-    results = [
-        evaluate(model, tokenizer, ["1+2=", "3+4+5="], ["", ""], reward, k=3, max_new_tokens=6, batch_size=2)
-        for _ in range(2)
-    ]
-    assert torch.equal(torch.get_rng_state(), state)
+    results = []
+    for ambient in range(2):
+        torch.manual_seed(ambient)
+        state = torch.get_rng_state()
+        prompts = ["1+2=", "3+4+5="]
+        results.append(evaluate(model, tokenizer, prompts, ["", ""], reward, k=3, max_new_tokens=6, batch_size=2))
+        assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not model.lm_head.training
     assert seen[:2] == seen[2:]

@@ -73,6 +73,7 @@ def test_a_killed_run_goes_on_to_the_same_numbers(here, monkeypatch):
     args = arguments(samples=4)
     killed_after(1, args)
     assert len(lines("out")) == 2
+    torch.manual_seed(7)  # another process would be in another random state
     killed_after(1, args)  # each time two more problems of eight
     whole = (here / "out/generations.jsonl").read_text()
     assert len(whole.splitlines()) == 4
@@ -80,6 +81,8 @@ def test_a_killed_run_goes_on_to_the_same_numbers(here, monkeypatch):
     (here / "out/generations.jsonl").write_text("".join(first) + last[: len(last) // 2])  # killed while writing
     assert evaluate_command(args) == table
     assert lines("out") == lines("whole")
+    evaluate_command(arguments(output_dir="other", seed=1))
+    assert lines("other") != lines("whole")
     assert results("out")["benchmarks"] == results("whole")["benchmarks"]
     monkeypatch.setattr(command, "_evaluator", None)  # finished: no model is loaded
     assert evaluate_command(args) == table
