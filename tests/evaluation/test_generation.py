@@ -70,6 +70,7 @@ def test_length_and_truncation():
     assert completion_of([5, 6, 1, 0, 0], 1) == Completion([5, 6, 1], False)
     assert completion_of([5, 6, 7], [1, 2]) == Completion([5, 6, 7], True)
     assert completion_of([5, 2, 1], [1, 2]) == Completion([5, 2], False)
+    assert completion_of([1, 0], 1) == Completion([1], False)
 
 
 def test_plain_and_conversational_prompts(tokenizer):
