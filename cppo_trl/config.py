@@ -332,7 +332,8 @@ class CPPOConfig(GRPOConfig):
             doubts.append("disable_dropout=False: dropout noise counts as divergence from the rollout policy")
         if self.bf16 and not self.cast_lm_head_to_fp32:
             doubts.append(
-                "bf16 log-probs carry noise of the order of delta_b: cast_lm_head_to_fp32=True removes the head's part"
+                "bf16 log-probs carry noise of the order of delta_b: cast_lm_head_to_fp32=True removes the head's "
+                "part (TRL 1.16 cannot do it with LoRA on a model whose head is its embedding)"
             )
         if self.scale_rewards != "none":
             doubts.append(f"scale_rewards={self.scale_rewards!r}: the authors' recipes do not divide by the deviation")

@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
-from cppo_trl.host_checks import check_hooks, check_server
+from cppo_trl.host_checks import check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
     append_profile,
@@ -77,13 +77,8 @@ class CPPOTrainer(GRPOTrainer):
         check_hooks()
         if args.uses_topk:
             check_kernel()
-            given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
-            for name in ("tools", "rollout_func", "environment_factory"):
-                if given.arguments.get(name):
-                    raise ValueError(
-                        f"{name} with cppo_divergence={args.cppo_divergence!r}: rollouts of several turns, or "
-                        "of one's own, are not supported with Top-K. Set cppo_divergence to binary_tv or binary_kl."
-                    )
+        given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
+        check_arguments(args, given.arguments)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         text_config = self.model.config.get_text_config()
         vocabulary = text_config.vocab_size

@@ -21,6 +21,7 @@ from trl import (
 )
 
 from cppo_trl.config import CPPOConfig
+from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
 from cppo_trl.trainer import CPPOTrainer
 
 
@@ -30,11 +31,32 @@ class CPPOScriptArguments(ScriptArguments):
 
     Args:
         reward_funcs: dotted import paths of reward functions in TRL's signature.
+        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``scripts/evaluate.py``; apart from
+            TRL's ``eval_strategy``, which needs a split of the dataset and samples as the rollouts do.
+        eval_every: updates between two such evaluations.
+        eval_samples: answers to each problem.
+        eval_temperature: of these samples.
+        eval_top_p: of these samples.
+        eval_max_new_tokens: longest answer in tokens; null: ``max_completion_length``.
+        eval_template: as ``template`` of ``scripts/evaluate.py``.
     """
 
     reward_funcs: list[str] = field(
         default_factory=lambda: ["cppo_trl.rewards.accuracy_reward"],
         metadata={"help": "Dotted import paths of the reward functions."},
+    )
+    eval_benchmarks: list[str] = field(
+        default_factory=list, metadata={"help": "Benchmarks or files to evaluate on during training."}
+    )
+    eval_every: int = field(default=100, metadata={"help": "Updates between two evaluations on eval_benchmarks."})
+    eval_samples: int = field(default=16, metadata={"help": "Answers to each problem of eval_benchmarks."})
+    eval_temperature: float = field(default=0.7, metadata={"help": "Of the samples on eval_benchmarks."})
+    eval_top_p: float = field(default=0.95, metadata={"help": "Of the samples on eval_benchmarks."})
+    eval_max_new_tokens: int | None = field(
+        default=None, metadata={"help": "Longest answer on eval_benchmarks; null: max_completion_length."}
+    )
+    eval_template: str | None = field(
+        default=None, metadata={"help": "How problems are put; null: boxed for named benchmarks, nothing for files."}
     )
 
 
@@ -79,6 +101,7 @@ def train(
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
     rewards = [import_reward(path) for path in script.reward_funcs]
+    evaluation = _evaluation(script, config)
     data = _load(script, mixture)
     _check_split(data, script.dataset_train_split)
     evaluating = config.eval_strategy != "no"
@@ -100,6 +123,8 @@ def train(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    if evaluation:
+        trainer.add_callback(EvaluationCallback(trainer, *evaluation, every=script.eval_every))
     for callback in drop_callbacks:
         trainer.remove_callback(callback)
     resume: Any = config.resume_from_checkpoint
@@ -115,6 +140,22 @@ def train(
         trainer.push_to_hub(dataset_name=script.dataset_name)
     trainer.accelerator.wait_for_everyone()  # no process leaves while the first still writes
     return trainer
+
+
+def _evaluation(script: CPPOScriptArguments, config: CPPOConfig) -> tuple[list[Problem], Sampling] | None:
+    """What to evaluate on during training, and how; None for nothing."""
+    if not script.eval_benchmarks:
+        return None
+    if script.eval_every < 1:
+        raise ValueError(f"eval_every must be >= 1; got {script.eval_every}.")
+    sampling = Sampling(
+        script.eval_samples,
+        script.eval_temperature,
+        script.eval_top_p,
+        script.eval_max_new_tokens or config.max_completion_length,
+        config.seed,
+    )
+    return load_problems(script.eval_benchmarks, script.eval_template), sampling
 
 
 def import_reward(path: str) -> Callable[..., list[float | None]]:

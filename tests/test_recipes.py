@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl.config import TRUST_REGIONS
 from cppo_trl.memory import GIB
@@ -211,8 +212,11 @@ def test_a_cast_head_that_trl_cannot_make_is_refused(make_trainer):
     assert any("TRL 1.16 fails on it with LoRA" in problem for problem in plan.problems)
     assert plan_of(path_of("Qwen/Qwen3-8B-Base"), None, "--use_peft", "true").problems == []  # untied
     lora = {"peft_config": LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")}
-    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has mended it: drop the refusal
-        make_trainer(model=tiny_model(tie_word_embeddings=True), cast_lm_head_to_fp32=True, trainer=lora)
+    fields = {"model": tiny_model(tie_word_embeddings=True), "cast_lm_head_to_fp32": True, "trainer": lora}
+    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 to false"):
+        make_trainer(**fields)
+    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has mended it: drop the refusals
+        make_trainer(GRPOTrainer, GRPOConfig, **fields)
 
 
 def test_what_this_machine_lacks_is_a_note_and_no_problem():

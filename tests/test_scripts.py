@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_trl.data import arithmetic
-from cppo_trl.training import parse_arguments
+from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
+from cppo_trl.training import parse_arguments, train
 from tests.conftest import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +43,8 @@ def test_train_from_a_recipe(task, processes):
     launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"]
     launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
     command = [*(launcher if processes == 2 else []), ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task)]
+    command += ["--eval_benchmarks", task / "data/train.jsonl", "--eval_every", 3, "--eval_samples", 4]
+    command += ["--eval_temperature", 0.9, "--eval_max_new_tokens", 6, "--per_device_eval_batch_size", 12]
     result = launch(*command, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "CPPO schedule" in result.stdout
@@ -49,7 +52,16 @@ def test_train_from_a_recipe(task, processes):
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).decode([2]) == "0"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]
-    assert "cppo/divergence/mean" in history[0]
+    assert any("cppo/divergence/mean" in row for row in history)
+    evaluations = {row["step"]: row for row in history if "eval_avg@4" in row}
+    assert list(evaluations) == [0, 3, 4]
+    # however many processes share the problems, the numbers are those of scripts/evaluate.py
+    sampling = {"samples": 4, "temperature": 0.9, "max_new_tokens": 6, "batch_size": 12, "backend": "transformers"}
+    model, benchmarks, directory = str(task / "model"), [str(task / "data/train.jsonl")], str(task / "evaluation")
+    evaluate_command(EvaluationArguments(model, benchmarks, directory, **sampling))
+    expected = json.loads((task / "evaluation/results.json").read_text())["benchmarks"]["train"]
+    assert {name: evaluations[0][f"eval_{name}"] for name in expected} == pytest.approx(expected)
+    assert 0 < expected["truncated"] < 1
     assert "2606.10968" in (out / "README.md").read_text()
 
 
@@ -62,6 +74,13 @@ def test_typos_and_contradictions_are_refused_before_anything_is_loaded(tmp_path
         parse_arguments(["--config", RECIPE, "--cppo_w_min", "2"])
     with pytest.raises((ValueError, SystemExit)):
         parse_arguments(["--config", RECIPE, "--no_such_flag", "2"])
+    for option, value, message in (
+        ("--eval_benchmarks", "aime23", "'aime23' is none of aime24"),
+        ("--eval_every", "0", "eval_every must be >= 1"),
+        ("--eval_top_p", "0", "top_p must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(*parse_arguments(["--config", RECIPE, "--eval_benchmarks", "aime24", option, value]))
 
 
 def test_yaml_null_and_inf_reach_the_rule(tmp_path):

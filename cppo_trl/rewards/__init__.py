@@ -7,6 +7,7 @@ from cppo_trl.rewards.math import (
     AsyncAccuracyReward,
     accuracy_reward,
     accuracy_reward_async,
+    compare_answers,
     format_reward,
     soft_overlong_punishment,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "Outcome",
     "accuracy_reward",
     "accuracy_reward_async",
+    "compare_answers",
     "extract_answer",
     "extract_gold",
     "format_reward",

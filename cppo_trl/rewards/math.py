@@ -36,6 +36,39 @@ def completion_text(completion: Completion) -> str:
     return ""
 
 
+def compare_answers(
+    golds: Sequence[str | None],
+    answers: Sequence[str | None],
+    time_limit: float = 5.0,
+    progress: Callable[[int], object] | None = None,
+) -> list[Outcome]:
+    """Compare extracted answers, each with its gold, in the shared pool where it needs mathematics.
+
+    Args:
+        golds: As from ``extract_gold``, or as from ``extract_answer`` to compare two answers.
+        answers: As from ``extract_answer``, one for each gold.
+        time_limit: Seconds one comparison may take.
+        progress: Called with the number of answers done since the last call.
+
+    Raises:
+        RuntimeError: If no worker process can be started.
+    """
+    outcomes: dict[int, Outcome] = {}
+    pairs: dict[int, tuple[str, str]] = {}
+    for place, (gold, answer) in enumerate(zip(golds, answers, strict=True)):
+        known = _compare_plainly(gold, answer)
+        if isinstance(known, Outcome):
+            outcomes[place] = known
+        else:
+            pairs[place] = known
+    if progress:
+        progress(len(outcomes))
+    if pairs:
+        checked = shared_checker().check(list(pairs.values()), time_limit, progress)
+        outcomes.update(zip(pairs, checked, strict=True))
+    return [outcomes[place] for place in range(len(golds))]
+
+
 class AccuracyReward:
     r"""Reward 1.0 for a completion whose final answer equals the gold, 0.0 otherwise, None for an unusable gold.
 
@@ -115,20 +148,8 @@ class AccuracyReward:
             raise ValueError(
                 f"solution has {len(solution)} golds for {len(completions)} completions; give one for each"
             )
-        outcomes: dict[int, Outcome] = {}
-        pairs: dict[int, tuple[str, str]] = {}
-        for place, (completion, gold) in enumerate(zip(completions, solution, strict=True)):
-            known = _compare_plainly(extract_gold(gold), extract_answer(completion_text(completion), self.sources))
-            if isinstance(known, Outcome):
-                outcomes[place] = known
-            else:
-                pairs[place] = known
-        if progress:
-            progress(len(outcomes))
-        if pairs:
-            checked = shared_checker().check(list(pairs.values()), self.time_limit, progress)
-            outcomes.update(zip(pairs, checked, strict=True))
-        return [outcomes[place] for place in range(len(completions))]
+        answers = [extract_answer(completion_text(completion), self.sources) for completion in completions]
+        return compare_answers([extract_gold(gold) for gold in solution], answers, self.time_limit, progress)
 
     def reward(self, outcome: Outcome) -> float | None:
         """Return the reward for an outcome; None if the gold could not be read."""

@@ -1,0 +1,32 @@
+"""Evaluate a model: avg@k with standard error, pass@k, maj@k, response length, truncated share.
+
+    python scripts/evaluate.py --model Qwen/Qwen3-1.7B                 # AIME24, 25 and 26 as in the paper
+    python scripts/evaluate.py --model outputs/run --benchmarks math-500 my-problems.jsonl --samples 4
+    python scripts/evaluate.py --compare outputs/evaluation/a outputs/evaluation/b
+
+The same command again goes on where it was interrupted. Options are the fields of
+`cppo_trl.evaluation.command.EvaluationArguments`, also from ``--config FILE.yaml``; see ``docs/evaluation.md``.
+"""
+
+import sys
+
+import datasets
+from trl import TrlParser
+
+from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
+
+
+def main() -> None:
+    """Evaluate and print the table."""
+    datasets.disable_progress_bars()
+    try:
+        (args,) = TrlParser(EvaluationArguments).parse_args_and_config()
+        print(evaluate_command(args))
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    if not args.compare:
+        print(f"\n{args.output_dir}: results.json (every number), table.md, generations.jsonl (every answer)")
+
+
+if __name__ == "__main__":
+    main()

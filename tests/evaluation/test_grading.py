@@ -1,0 +1,90 @@
+"""Scores, answers and votes of fixed completions."""
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cppo_trl.data import arithmetic
+from cppo_trl.evaluation.generation import Completion
+from cppo_trl.evaluation.grading import grade, group_answers
+from cppo_trl.evaluation.metrics import maj_at_n
+from cppo_trl.evaluation.problems import Problem, load_problems, problems_of
+from cppo_trl.rewards import AccuracyReward, accuracy_reward
+
+
+class Texts(PreTrainedTokenizerFast):
+    """Its tokens are texts."""
+
+    def __init__(self): ...
+
+    def batch_decode(self, rows, skip_special_tokens):
+        assert skip_special_tokens
+        return ["".join(tokens) for tokens in rows]
+
+
+def graded(texts, solution, prompt="?", reward=accuracy_reward):
+    completions = [Completion(list(text), False) for text in texts]
+    return grade([Problem("b", "1", prompt, solution)], [completions], Texts(), reward)[0]
+
+
+def test_equal_answers_vote_together():
+    # half of the samples say a half in four ways; by spelling the right answer would win
+    texts = [r"\boxed{1/2}", r"\boxed{2}", "Answer: 0.5", r"\boxed{2}", r"\boxed{\frac12}", r"\boxed{2/4}", "none"]
+    result = graded(texts, "2")
+    assert result.scores == [0, 1, 0, 1, 0, 0, 0]
+    assert result.answers == ["1/2", "2", "0.5", "2", r"\frac12", "2/4", None]
+    assert result.groups == [1, 0, 1, 0, 1, 1, None]
+    assert maj_at_n(result.scores, result.groups) == 0.0
+    assert graded([*texts[:3], r"\boxed{2.0}"], "2").groups == [1, 0, 1, 0]
+
+
+def test_wrong_answers_are_compared_only_where_it_decides(monkeypatch):
+    compared = []
+
+    def compare(golds, answers):
+        compared.extend(zip(golds, answers, strict=True))
+        return []
+
+    monkeypatch.setattr("cppo_trl.evaluation.grading.compare_answers", compare)
+    assert group_answers([["1/2", "0.5"], ["2", "2", "1/2"]], [[0, 0], [1, 1, 0]]) == [[1, 2], [0, 0, 1]]
+    assert compared == []
+    with pytest.raises(ValueError, match="shorter"):
+        group_answers([["2", "1/2", "0.5"]], [[1, 0, 0]])
+    assert compared == [("1/2", "0.5")]
+
+
+def test_golds_places_and_conversations():
+    assert graded([r"\boxed{042}", r"\boxed{42}", "Answer: 42"], "42").scores == [1, 1, 1]  # AIME: 0 to 999
+    assert graded([r"\boxed{1}"] * 2, None).excluded
+    boxed = graded(["Answer: 42", r"\boxed{42}"], "42", reward=AccuracyReward("boxed"))
+    assert (boxed.answers, boxed.scores) == ([None, "42"], [0, 1])
+    seen = []
+
+    def reward(completions, solution):
+        seen.extend(completions)
+        return [0.0] * len(completions)
+
+    graded(["x"], "1", prompt=[{"role": "user", "content": "?"}], reward=reward)
+    assert seen == [[{"role": "assistant", "content": "x"}]]
+
+
+def test_problems_of_files_and_datasets(tmp_path):
+    data = arithmetic.problems(3, 2, 0)
+    data.to_json(tmp_path / "sums.jsonl")
+    data.add_column("id", ["x", "y", "z"]).to_parquet(tmp_path / "named.parquet")
+    problems = load_problems([str(tmp_path / "sums.jsonl"), str(tmp_path / "named.parquet")])
+    assert [(p.benchmark, p.id) for p in problems] == [("sums", i) for i in "012"] + [("named", i) for i in "xyz"]
+    assert [(p.prompt, p.solution) for p in problems[:3]] == list(zip(data["prompt"], data["solution"], strict=True))
+    for benchmarks, message in (
+        (["aime23"], "'aime23' is none of aime24"),
+        ([str(tmp_path / "no.jsonl")], "there is no file"),
+        ([str(tmp_path / "sums.jsonl")] * 2, "each once"),
+        ([], "at least one"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_problems(benchmarks)
+    with pytest.raises(ValueError, match="b: no column solution; it has prompt"):
+        problems_of("b", data.remove_columns("solution"))
+    with pytest.raises(ValueError, match="same id"):
+        problems_of("b", data.add_column("id", ["x", "y", "x"]))
+    with pytest.raises(ValueError, match="no problems"):
+        problems_of("b", data.select([]))
