@@ -7,6 +7,7 @@ with --report at any time, OUTPUT/<name>.md and the figures are written from the
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import os
@@ -51,7 +52,9 @@ def _count_rollout() -> None:
 def _work(run: Run, task: Task, warm_start: Path) -> dict[str, Any]:
     with open(os.devnull, "w") as silence:
         os.dup2(silence.fileno(), 1)  # the start-up table of every run
-        return carry_out(run, task, warm_start, _count_rollout)
+    line = carry_out(run, task, warm_start, _count_rollout)
+    gc.collect()  # a trainer holds itself in a cycle
+    return line
 
 
 def _carry_out_all(runs: list[Run], study: Study, warm_start: Path, lines: Path, processes: int) -> list[str]:
@@ -59,9 +62,7 @@ def _carry_out_all(runs: list[Run], study: Study, warm_start: Path, lines: Path,
     context = multiprocessing.get_context("spawn")
     counter, failed = context.Value("l", 0), []
     bar = tqdm(total=sum(run.rollouts for run in runs), unit="rollout", desc=study.name, smoothing=0.02)
-    with ProcessPoolExecutor(
-        processes, context, initializer=_start_worker, initargs=(counter,), max_tasks_per_child=8
-    ) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=(counter,)) as pool:
         waiting: dict[Future[dict[str, Any]], Run] = {pool.submit(_work, r, study.task, warm_start): r for r in runs}
         try:
             while waiting:
