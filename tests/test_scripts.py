@@ -82,7 +82,6 @@ def test_yaml_null_and_inf_reach_the_rule(tmp_path):
     [
         (["--reward_funcs", "cppo_trl.rewards.no_such_reward"], "reward_funcs: cannot import"),
         (["--dataset_train_split", "nope"], "no split 'nope'"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
     ],
 )
 def test_mistakes_in_a_run_are_named(task, arguments, message):
