@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
@@ -133,11 +134,10 @@ def require_writable(output_dir: str) -> None:
     Raises:
         ValueError: if that is impossible.
     """
-    probe = Path(output_dir, ".writable")
     try:
-        probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x" * 4096)
-        probe.unlink()
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=output_dir) as file:  # each process its own
+            file.write(b"x" * 4096)
     except OSError as error:
         raise ValueError(f"output_dir={output_dir!r} cannot be written to ({error}). Name another.") from error
 
