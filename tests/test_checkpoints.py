@@ -108,7 +108,7 @@ def test_kill_9_and_the_same_command_again(task):  # noqa: F811
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     while not (task / "out/checkpoint-8").exists():  # being written, or just written
         assert process.poll() is None, process.stdout.read()
-        time.sleep(0.001)
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert "No complete checkpoint" in process.communicate()[0]
     resumed = train(*parse_arguments(arguments("out", "--resume_from_checkpoint", "true")))
