@@ -328,6 +328,12 @@ class CPPOConfig(GRPOConfig):
                 "beta != 0: the KL term to the reference also acts on masked tokens, and with "
                 "use_bias_correction_kl=True it is multiplied by their ratio, which no mask or cap bounds"
             )
+        whole_rollouts = self._steps_per_rollout // math.gcd(self._steps_per_rollout, self.gradient_accumulation_steps)
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % whole_rollouts:
+            doubts.append(
+                f"save_steps={self.save_steps:g} falls inside a rollout: a run resumed there makes a new one, and "
+                f"takes another path than without the interruption. Use a multiple of {whole_rollouts} updates"
+            )
         if not self.disable_dropout:
             doubts.append("disable_dropout=False: dropout noise counts as divergence from the rollout policy")
         if self.bf16 and not self.cast_lm_head_to_fp32:

@@ -20,6 +20,7 @@ _SUMS = (
     "tokens",
     "divergence",
     "ratio",
+    "nonfinite_losses",
     "away_positive",
     "away_negative",
     "masked_positive",
@@ -75,6 +76,7 @@ def loss_record(
         valid,
         divergence,
         ratio,
+        valid.new_zeros(()),  # counted by count_nonfinite_loss
         away & positive,
         away & negative,
         masked & positive,
@@ -89,7 +91,7 @@ def loss_record(
         verdict.weight.where(active, 0.0),
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
-    index = (octave * _BINS_PER_OCTAVE).long().clamp(max=_OCTAVES * _BINS_PER_OCTAVE - 1)
+    index = (octave * _BINS_PER_OCTAVE).long().clamp(0, _OCTAVES * _BINS_PER_OCTAVE - 1)
     histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
     histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
     place = (valid.cumsum(-1) - 1).clamp(min=0) * POSITION_BINS // valid.sum(-1, keepdim=True).clamp(min=1)
@@ -105,6 +107,11 @@ def loss_record(
             ratio.max()[None],
         ]
     )
+
+
+def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
+    """Count a loss that is NaN or infinite in a record, in place and without waiting for the device."""
+    record[_SUMS.index("nonfinite_losses")] += ~loss.detach().isfinite()
 
 
 def add_records(total: Tensor | None, record: Tensor) -> Tensor:
@@ -151,6 +158,8 @@ def summarize(total: list[float]) -> dict[str, float]:
         "ratio/mean": (n["ratio"], n["tokens"]),
     }
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
+    if n["nonfinite_losses"] > 0:
+        scalars["nonfinite_losses"] = n["nonfinite_losses"]
     if n["tokens"] > 0:
         scalars["divergence/p90"] = _histogram_quantile(total[len(_SUMS) : _PROFILE_START], 0.9)
         scalars["divergence/max"], scalars["ratio/max"] = total[-2:]

@@ -20,18 +20,21 @@ import torch
 from torch import Tensor
 from trl import GRPOTrainer
 
+from cppo_trl.checkpoints import saving
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
 from cppo_trl.host_checks import check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
     append_profile,
+    count_nonfinite_loss,
     loss_record,
     position_profile,
     summarize,
     total_over_processes,
 )
-from cppo_trl.model_card import append_sections
+from cppo_trl.model_card import complete_card
+from cppo_trl.nonfinite import require_finite, stop
 from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
@@ -95,6 +98,7 @@ class CPPOTrainer(GRPOTrainer):
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
+        self._window: list[tuple[Tensor, dict[str, Any]]] = []  # loss and batch, each micro-batch of this update
         self._rule_calls = 0
         self._rollout_step = -1  # the update at which the last rollout was made
         self._rollout_pass_due = False
@@ -103,7 +107,9 @@ class CPPOTrainer(GRPOTrainer):
         self._engine_topk = (
             EngineTopK(self.vllm_generation, args.cppo_topk) if args.uses_topk and args.use_vllm else None
         )
-        self.evaluation_table: str | None = None  # markdown for the model card
+        self.evaluation_table: str | None = None  # for the model card: markdown,
+        self.dataset_names: list[str] = []  # Hub names or local paths,
+        self.command: str | None = None  # and what was run
         self._record: Any = None  # metrics of the micro-batches since the last update
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client.get_server_info())
@@ -157,9 +163,10 @@ class CPPOTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        self._loss_inputs, self._rule_calls = dict(inputs), 0  # a copy: the anchor is rewritten in it
+        batch = dict(inputs)  # a copy: the anchor is rewritten in it
+        self._loss_inputs, self._rule_calls = batch, 0
         try:
-            loss = super()._compute_loss(model, self._loss_inputs)
+            loss = super()._compute_loss(model, batch)
         finally:
             self._loss_inputs = None
         if self._rule_calls != 1:
@@ -167,6 +174,8 @@ class CPPOTrainer(GRPOTrainer):
                 f"The trust region was applied {self._rule_calls} times in one loss, expected once: this TRL (or a "
                 "patch of it) computes the loss in another way. Install trl>=1.16,<1.17 unpatched."
             )
+        count_nonfinite_loss(self._record, loss)
+        self._window.append((loss.detach(), batch))
         for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
             del self._metrics[mode][name]  # TRL's clip is off
         if mode == "eval" or self.accelerator.sync_gradients:
@@ -180,6 +189,9 @@ class CPPOTrainer(GRPOTrainer):
             if mode == "train" and self.is_world_process_zero():
                 append_profile(Path(self.args.output_dir), self.state.global_step + 1, position_profile(total))
             self._record = None
+            window, self._window = self._window, []
+            if "cppo/nonfinite_losses" in scalars:
+                stop(self, window, scalars)
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -204,6 +216,7 @@ class CPPOTrainer(GRPOTrainer):
             self._loss_topk = tap.logps, batch["topk_logps"].masked_fill(unknown, math.nan)
         else:
             result, self._loss_topk = compute(*args, **kwargs), None
+        batch["per_token_logps"] = result[0].detach()
         batch["old_per_token_logps"] = anchor_logps(result[0], rollout_logps)
         return result
 
@@ -231,6 +244,8 @@ class CPPOTrainer(GRPOTrainer):
         """The weight of each token's surrogate -ρ_t Â_t under the trust region; ``(B, T)`` fp32, no gradient."""
         self._rule_calls += 1
         divergence, topk_mass = self._divergence(per_token_logps, sampling_per_token_logps)
+        assert self._loss_inputs is not None  # inside a loss
+        self._loss_inputs["divergence"] = divergence
         log_ratio = per_token_logps.float() - sampling_per_token_logps
         verdict = self.args.rule.judge(divergence, advantages, log_ratio, mask, **self._rule_parameters())
         record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass)
@@ -244,11 +259,42 @@ class CPPOTrainer(GRPOTrainer):
             parameters["order"] = self._loss_inputs["weight_order"] if parameters.pop("shuffle_weights") else None
         return parameters
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card: TRL's, with the rule's numbers and `evaluation_table` where one is set."""
-        super().create_model_card(*args, **kwargs)
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
+        require_finite(self.model, self.state.global_step)
+        super().save_model(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with saving(self.args.output_dir, checkpoint, self.is_world_process_zero()):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Write the model card: TRL's, with the rule, the run, its curves and its evaluation where they are known.
+
+        Args:
+            model_name: None for the name of the output directory.
+            dataset_name: on the Hub or a local path; None for ``dataset_names``.
+            tags: further tags.
+        """
+        names = self.dataset_names if dataset_name is None else [dataset_name]
+        on_hub = names[0] if len(names) == 1 and not Path(names[0]).exists() else None  # TRL links to the Hub
+        model_name = model_name or Path(self.args.output_dir).absolute().name
+        super().create_model_card(model_name, on_hub, tags)
         if self.is_world_process_zero():
             prompt = next(iter(self.train_dataset)).get("prompt")
-            plain_prompt = prompt if isinstance(prompt, str) else None
-            card = Path(self.args.output_dir) / "README.md"
-            append_sections(card, self.args.schedule(), self.evaluation_table, plain_prompt)
+            complete_card(
+                Path(self.args.output_dir, "README.md"),
+                rule=self.args.schedule(),
+                base_model=self.model.config._name_or_path,
+                datasets=names,
+                processes=self.accelerator.num_processes,
+                command=self.command,
+                evaluation_table=self.evaluation_table,
+                plain_prompt=prompt if isinstance(prompt, str) else None,
+            )

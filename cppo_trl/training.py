@@ -1,15 +1,16 @@
-"""A training run from its configuration: data, rewards, trainer, checkpoint, Hub. What ``scripts/train.py`` calls."""
+"""A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``scripts/train.py`` calls."""
 
 import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset, load_from_disk
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import (
     DatasetMixtureConfig,
     ModelConfig,
@@ -20,8 +21,11 @@ from trl import (
     get_quantization_config,
 )
 
+from cppo_trl.checkpoints import ExactResume, TrainingFinished, checkpoint_to_resume, require_writable, saving
 from cppo_trl.config import CPPOConfig
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
+from cppo_trl.hub import ReportFailedPushes, require_repository
+from cppo_trl.model_card import command_line
 from cppo_trl.trainer import CPPOTrainer
 
 
@@ -87,19 +91,24 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     drop_callbacks: Sequence[type[TrainerCallback]] = (),
 ) -> CPPOTrainer:
-    """Train, save model, log and card to ``config.output_dir`` and, with ``push_to_hub``, upload them.
+    """Train, and save model, log, curves and card to ``config.output_dir``; `cppo_trl.hub.push` uploads them.
 
-    ``resume_from_checkpoint`` may be a path, or ``True`` for the last checkpoint in ``output_dir``. Callbacks are
-    added to the trainer's own, of which those of the types in ``drop_callbacks`` are removed.
+    ``resume_from_checkpoint`` may be a path, or ``True`` for the last complete checkpoint in ``output_dir`` and a new
+    start where there is none. Callbacks are added to the trainer's own, of which those of the types in
+    ``drop_callbacks`` are removed.
 
     Returns:
         The trainer, with its model and its log history.
 
     Raises:
-        ValueError: if no dataset, model or reward is named, or a dataset lacks a column.
+        ValueError: if no dataset, model or reward is named, a dataset lacks a column, or ``output_dir`` cannot be
+            written to or holds checkpoints of an earlier run that ``resume_from_checkpoint`` does not go on with.
+        RunError: if the loss or a weight is not finite, or saving fails.
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
+    require_writable(config.output_dir)
+    resume = checkpoint_to_resume(config.output_dir, config.resume_from_checkpoint, config.process_index == 0)
     rewards = [import_reward(path) for path in script.reward_funcs]
     evaluation = _evaluation(script, config)
     data = _load(script, mixture)
@@ -107,6 +116,7 @@ def train(
     evaluating = config.eval_strategy != "no"
     if evaluating:
         _check_split(data, script.dataset_test_split)
+    require_repository(config)
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -119,27 +129,42 @@ def train(
         config,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if evaluating else None,
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, ExactResume()],
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
-    if evaluation:
-        trainer.add_callback(EvaluationCallback(trainer, *evaluation, every=script.eval_every))
+    benchmarks = EvaluationCallback(trainer, *evaluation, every=script.eval_every) if evaluation else None
+    if benchmarks:
+        trainer.add_callback(benchmarks)
+    trainer.add_callback(ReportFailedPushes(trainer))
     for callback in drop_callbacks:
         trainer.remove_callback(callback)
-    resume: Any = config.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("true", "false"):  # from the command line
-        resume = resume.lower() == "true"
-    if resume is True and get_last_checkpoint(config.output_dir) is None:
-        raise ValueError(f"resume_from_checkpoint=true, but output_dir={config.output_dir!r} holds no checkpoint.")
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model(config.output_dir)
-    trainer.save_state()
-    trainer.create_model_card(dataset_name=script.dataset_name)
-    if config.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-    trainer.accelerator.wait_for_everyone()  # no process leaves while the first still writes
+    trainer.dataset_names = [dataset.path for dataset in mixture.datasets] or [script.dataset_name]
+    trainer.command = command_line(sys.argv)
+    with suppress(TrainingFinished):
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.evaluation_table = benchmarks.table if benchmarks else None
+    _save(trainer)
     return trainer
+
+
+def _save(trainer: CPPOTrainer) -> None:
+    with saving(trainer.args.output_dir):
+        trainer.save_state()
+        trainer.save_model(trainer.args.output_dir, _internal_call=True)  # else it would upload: that has its own time
+        if trainer.is_world_process_zero():
+            _draw_curves(trainer)
+        trainer.create_model_card()
+    trainer.accelerator.wait_for_everyone()  # no process leaves while the first still writes
+
+
+def _draw_curves(trainer: CPPOTrainer) -> None:
+    try:
+        from cppo_trl.report.figures import plot_curves  # noqa: PLC0415 (needs matplotlib, which is optional)
+    except ImportError:
+        return
+    path = Path(trainer.args.output_dir, "curves.png")
+    plot_curves(trainer.state.log_history, path, title=path.absolute().parent.name)
 
 
 def _evaluation(script: CPPOScriptArguments, config: CPPOConfig) -> tuple[list[Problem], Sampling] | None:

@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import TrlParser
 
+from cppo_trl.checkpoints import RunError
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Accuracy, evaluate
+from cppo_trl.hub import push
 from cppo_trl.report.figures import plot_curves
 from cppo_trl.rewards import accuracy_reward
 from cppo_trl.training import ARGUMENT_TYPES, train
@@ -98,7 +100,8 @@ def main() -> None:
     parser = TrlParser((TaskArguments, *ARGUMENT_TYPES))
     task, script, config, model_args, mixture = parser.parse_args_and_config()
     output_dir = Path(config.output_dir)
-    keep_earlier_run(output_dir)
+    if not config.resume_from_checkpoint:
+        keep_earlier_run(output_dir)
     data, warm_start, test = prepare_task(task, config.seed)
     script.dataset_name, model_args.model_name_or_path = str(data), str(warm_start)
     tokenizer = AutoTokenizer.from_pretrained(warm_start)
@@ -152,14 +155,14 @@ def main() -> None:
             f"| {after.avg_at_k:.3f} ± {after.avg_at_k_stderr:.3f} |",
         ]
     )
-    trainer.evaluation_table = table
-    trainer.create_model_card(model_name="CPPO quickstart")
     plot_curves(
         history,
         output_dir / "curves.png",
         title=f"CPPO quickstart, seed {config.seed}",
         evaluation={"held-out avg@16 before": before.avg_at_k, "held-out avg@16 after": after.avg_at_k},
     )
+    trainer.evaluation_table = table
+    trainer.create_model_card(model_name="CPPO quickstart")
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{table}\n")
     print(
@@ -174,8 +177,12 @@ def main() -> None:
     print(
         f"\n{output_dir}: model, tokenizer, README.md (model card), trainer_state.json (log), curves.png, results.json"
     )
+    push(trainer, model_name="CPPO quickstart")
     trainer.end()
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RunError as error:
+        sys.exit(f"\n{error}")

@@ -16,6 +16,8 @@ options are optional.
 import gc
 import sys
 
+from cppo_trl.checkpoints import RunError
+from cppo_trl.hub import push
 from cppo_trl.plan import dry_run
 from cppo_trl.training import parse_arguments, train
 
@@ -29,8 +31,12 @@ def main() -> None:
             sys.exit(f"Refused: {error}")
         print(plan)
         sys.exit(1 if plan.problems else 0)
-    trainer = train(*parse_arguments())
-    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    try:
+        trainer = train(*parse_arguments())
+        trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+        push(trainer)
+    except RunError as error:
+        sys.exit(f"\n{error}")
     trainer.end()
     del trainer
     gc.collect()  # a process group that the wrapped model keeps alive must not outlast the interpreter

@@ -133,6 +133,8 @@ def test_what_contradicts_the_rule_is_refused_by_name(fields, named):
         ({"sapo_temperature_neg": 2.0}, "sapo_temperature_neg"),
         ({"scale_rewards": "group"}, "scale_rewards"),
         ({"mask_truncated_completions": True}, "mask_truncated_completions"),
+        ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "Use a multiple of 3 updates"),
+        ({"steps_per_generation": 4, "save_steps": 10}, "save_steps=10 falls inside a rollout"),
     ],
 )
 def test_doubtful_settings_warn_once(fields, warned):

@@ -46,6 +46,13 @@ def test_metrics_by_hand():
     assert metrics == pytest.approx(expected, rel=1e-5)  # masked_negative is left out: no such token
 
 
+def test_divergences_that_are_not_finite_are_recorded_not_raised():
+    divergence = torch.tensor([[math.nan, math.inf, 0.1, 0.2]])
+    advantages, mask = torch.ones(1, 1), torch.ones(1, 4).long()
+    metrics = scalars(record_of(divergence, advantages, torch.zeros(1, 4), mask))
+    assert math.isnan(metrics["cppo/divergence/mean"])
+
+
 def test_p90_is_that_of_all_tokens_to_one_percent():
     divergence, advantages, log_ratio, mask = random_rows(400, 60, seed=11)
     divergence = divergence * 10 ** -torch.rand(400, 60)

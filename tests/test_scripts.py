@@ -62,7 +62,10 @@ def test_train_from_a_recipe(task, processes):
     expected = json.loads((task / "evaluation/results.json").read_text())["benchmarks"]["train"]
     assert {name: evaluations[0][f"eval_{name}"] for name in expected} == pytest.approx(expected)
     assert 0 < expected["truncated"] < 1
-    assert "2606.10968" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "2606.10968" in card
+    assert "| update 0 | train |" in card
+    assert "| update 4 | train |" in card
 
 
 def test_typos_and_contradictions_are_refused_before_anything_is_loaded(tmp_path):
@@ -101,7 +104,6 @@ def test_yaml_null_and_inf_reach_the_rule(tmp_path):
     [
         (["--reward_funcs", "cppo_trl.rewards.no_such_reward"], "reward_funcs: cannot import"),
         (["--dataset_train_split", "nope"], "no split 'nope'"),
-        (["--resume_from_checkpoint", "true"], "holds no checkpoint"),
     ],
 )
 def test_mistakes_in_a_run_are_named(task, arguments, message):

@@ -20,6 +20,7 @@ from cppo_trl.evaluation.generation import (
 from cppo_trl.evaluation.grading import Evaluator, Reward
 from cppo_trl.evaluation.metrics import Record, all_metrics
 from cppo_trl.evaluation.problems import Problem
+from cppo_trl.evaluation.report import table
 from cppo_trl.evaluation.runner import chunks
 from cppo_trl.rewards import accuracy_reward
 
@@ -54,6 +55,12 @@ class EvaluationCallback(TrainerCallback):
         self.trainer, self.every, self.sampling, self.reward = trainer, every, sampling, reward
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         self.problems = problems
+        self.measured: list[dict[str, Any]] = []  # each evaluation, as `report.table` takes it
+
+    @property
+    def table(self) -> str | None:
+        """A markdown table of the first and the last evaluation, for a model card."""
+        return table([*self.measured[:1], *self.measured[1:][-1:]]) if self.measured else None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, unless training is resumed."""
@@ -84,6 +91,8 @@ class EvaluationCallback(TrainerCallback):
                 mine.append((at, evaluator(parts[min(at, len(parts) - 1)])))
         answered = dict(gather_object(mine))
         metrics = all_metrics([record for at in range(len(parts)) for record in answered[at]])
+        update = {"samples": self.sampling.samples, "model": f"update {self.trainer.state.global_step}"}
+        self.measured.append({"settings": update, "benchmarks": dict(metrics)})
         logs = dict(metrics["mean"] if len(metrics) > 1 else next(iter(metrics.values())))
         if len(metrics) > 1:
             del metrics["mean"]

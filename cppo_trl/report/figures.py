@@ -43,5 +43,6 @@ def plot_curves(
     draw(divergence, {"cppo/delta_b": "budget δ_b"}, "divergence D")
     draw(length, {"completions/mean_length": "mean"}, "response length (tokens)")
     for axes in (reward, masked, divergence, length):
-        axes.legend(fontsize="small")
+        if axes.get_legend_handles_labels()[0]:  # nothing was masked where all advantages were zero
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)

@@ -1,0 +1,109 @@
+import math
+import re
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cppo_trl.model_card import command_line
+from cppo_trl.training import parse_arguments, train
+from tests.hub_server import running_hub
+from tests.test_scripts import RECIPE, ROOT, launch, small_run, task  # noqa: F401 (a fixture)
+
+
+@pytest.fixture
+def hub():
+    with running_hub() as server:
+        yield server
+
+
+def section(card, title):
+    return card.text.split(f"### {title}\n")[1].split("\n### ")[0]
+
+
+def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
+    command = [ROOT / "scripts/quickstart.py", "--config", RECIPE, "--output_dir", tmp_path / "run"]
+    command += ["--task_dir", tmp_path / "task", "--terms", "3", "--train_problems", "64", "--test_problems", "8"]
+    command += ["--max_steps", "8", "--warm_start_steps", "5", "--push_to_hub", "--hub_model_id", "user/tiny"]
+    command += ["--hub_token", "hf_secret"]
+    result = launch(*command, **hub.environment())
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert hub.messages == ["End of training"]  # one upload of everything
+    hub.write("user/tiny", tmp_path / "clone")
+    uploaded, local = tmp_path / "clone", tmp_path / "run"
+    assert {p.name for p in uploaded.iterdir()} == {p.name for p in local.iterdir()}
+    AutoModelForCausalLM.from_pretrained(uploaded)
+    assert AutoTokenizer.from_pretrained(uploaded).decode([2]) == "0"
+    weights = load_file(uploaded / "model.safetensors")
+    assert all(weights[name].equal(x) for name, x in load_file(local / "model.safetensors").items())
+
+    card = ModelCard.load(uploaded / "README.md")
+    assert {"cppo", "trl", "generated_from_trainer"} <= set(card.data.tags)
+    assert card.data.datasets is None  # a local dataset is no dataset of the Hub's
+    assert card.data.base_model is None
+    assert "https://huggingface.co/papers/2606.10968" in card.text
+    assert "cppo, binary_tv, delta 0.05, w_min 0.8, delta_b 0.01 to 0.02" in section(card, "Trust region")
+    run = section(card, "Run")
+    assert re.search(r"base model \| `.*warm_start` \(local\)", run)
+    assert re.search(r"dataset \| `.*data` \(local\)", run)
+    (printed,) = re.findall(r"```bash\n(.*)\n```", run)
+    assert shlex.split(printed)[1:] == [str(word).replace("hf_secret", "***") for word in command]
+    assert "hf_secret" not in (uploaded / "README.md").read_text()
+    (picture,) = re.findall(r"!\[.*\]\((.*)\)", section(card, "Training curves"))
+    assert (uploaded / picture).read_bytes().startswith(b"\x89PNG")
+    before, error, after, _ = map(float, re.findall(r"\d\.\d{3}", section(card, "Evaluation").split("avg@16")[1]))
+    assert 0 <= before <= 1
+    assert 0 <= after <= 1
+    assert 0 <= error < 1 / math.sqrt(8)
+    versions = dict(re.findall(r"- (\S+): (\S+)", card.text.split("### Framework versions")[1]))
+    for name, package in {"CPPO-TRL": "cppo-trl", "TRL": "trl", "Transformers": "transformers"}.items():
+        assert versions[name] == version(package)
+
+
+def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(hub, task):  # noqa: F811
+    hub.refused = "POST .*/commit/main"
+    fields = ["--push_to_hub", "--hub_model_id", "user/tiny", "--save_strategy", "steps", "--save_steps", "2"]
+    command = [ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *fields]
+    result = launch(*command, "--hub_strategy", "all_checkpoints", **hub.environment())
+    assert result.returncode == 1
+    assert "The upload after update 2 failed, training goes on: HfHubHTTPError: 403" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert f"Training is finished and saved in {task / 'out'}" in result.stderr
+    assert "the upload to the Hub failed: HfHubHTTPError: 403 Forbidden" in result.stderr
+    assert not hub.repos["user/tiny"]
+    for name in ("model.safetensors", "trainer_state.json", "README.md", "checkpoint-4/trainer_state.json"):
+        assert (task / "out" / name).exists()
+
+    hub.refused = None
+    repeat = shlex.split(result.stderr.strip().splitlines()[-1])
+    subprocess.run([Path(sys.executable).with_name(repeat[0]), *repeat[1:]], check=True, env=hub.environment())
+    here = {p.name for p in (task / "out").iterdir() if not p.name.startswith("checkpoint-")}
+    assert set(hub.repos["user/tiny"]) == here
+    hub.write("user/tiny", task / "clone")
+    AutoModelForCausalLM.from_pretrained(task / "clone")
+
+
+def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):  # noqa: F811
+    arguments = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model", "--push_to_hub"]
+    with pytest.raises(ValueError, match=r"push_to_hub: the repository 'out' cannot be made or found .Offline"):
+        train(*parse_arguments(arguments))
+
+
+def test_hub_names_become_links_and_tokens_are_left_out(make_trainer, tmp_path):
+    trainer = make_trainer()
+    trainer.model.config._name_or_path = "org/base"
+    trainer.dataset_names = ["org/data"]
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert (card.data.base_model, card.data.datasets) == ("org/base", "org/data")
+    assert "[org/base](https://huggingface.co/org/base)" in section(card, "Run")
+    assert "[org/data](https://huggingface.co/datasets/org/data)" in section(card, "Run")
+    assert "a fine-tuned version of [org/base]" in card.text
+    words = command_line(["train.py", "--hub_token", "hf_a", "--push_to_hub_token=hf_b", "--seed", "1"])
+    assert words.endswith("train.py --hub_token *** --push_to_hub_token=*** --seed 1")
