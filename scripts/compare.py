@@ -90,6 +90,7 @@ def _carry_out_all(runs: list[Run], study: Study, warm_start: Path, lines: Path,
 
 def main() -> None:
     """Run what is missing, then write the report."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the study's YAML file")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="lines, table and figures")
