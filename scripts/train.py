@@ -32,7 +32,11 @@ def main() -> None:
         print(plan)
         sys.exit(1 if plan.problems else 0)
     try:
-        trainer = train(*parse_arguments())
+        arguments = parse_arguments()
+    except ValueError as error:
+        sys.exit(f"Refused: {error}")
+    try:
+        trainer = train(*arguments)
         trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
         push(trainer)
     except RunError as error:
