@@ -239,7 +239,10 @@ class CPPOConfig(GRPOConfig):
         if self.rule.estimators:
             read |= {"cppo_divergence", "cppo_topk"}
         for name, declared in type(self).__dataclass_fields__.items():
-            if name.startswith("cppo_") and name not in read:
+            stated = (
+                name == "cppo_divergence" and self.cppo_divergence == ESTIMATORS[0]
+            )  # what the metrics show anyway
+            if name.startswith("cppo_") and name not in read and not stated:
                 expected = f"left at {declared.default!r}: trust_region={self.trust_region!r} does not read it"
                 _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
 

@@ -45,6 +45,7 @@ def test_defaults_are_the_paper_s():
 def test_each_rule_has_the_defaults_of_its_own_paper(rule, words):
     assert make(trust_region=rule).schedule()["trust region"] == words
     assert make(trust_region="dppo", cppo_divergence="binary_kl").cppo_delta == 0.05
+    assert make(trust_region="grpo", cppo_divergence="binary_tv") == make(trust_region="grpo")
 
 
 @pytest.mark.parametrize(
