@@ -4,6 +4,7 @@ A YAML file names the task, the fields that all runs share, the settings and the
 JSON line; runs that are in the file already are not made again.
 """
 
+import hashlib
 import json
 import math
 import time
@@ -159,6 +160,11 @@ def prepare(task: Task, directory: Path) -> Path:
     return model
 
 
+def digest(warm_start: Path) -> str:
+    """What tells one warm start from another: the first half of the SHA-256 of its weights."""
+    return hashlib.sha256((warm_start / "model.safetensors").read_bytes()).hexdigest()[:32]
+
+
 def _problems(task: Task) -> tuple[Any, Any]:
     test = arithmetic.problems(task.test_problems, task.terms, task.seed)
     return arithmetic.problems(task.train_problems, task.terms, task.seed + 1, set(test["prompt"])), test
@@ -269,6 +275,7 @@ def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], N
     return {
         **asdict(run),
         "task": asdict(task),
+        "warm_start": digest(warm_start),
         **{name: [_short(row.get(logged, math.nan)) for row in rows] for name, logged in SERIES.items()},
         "evaluations": [[_short(value) for value in point] for point in evaluation.points],
         "profile": {
@@ -285,11 +292,16 @@ def _short(value: float) -> float | None:
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def finished(path: Path, study: Study) -> dict[tuple[str, str, int], dict[str, Any]]:
+def finished(path: Path, study: Study, warm_start: str | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
     """The runs of a study that are in its file of JSON lines; a line that an interruption cut short is left out.
 
+    Args:
+        path: the file.
+        study: the study.
+        warm_start: `digest` of the warm start that the other runs are to begin from, or None for no check.
+
     Raises:
-        ValueError: if a run was made with other fields, or on another task, than the study now gives.
+        ValueError: if a run was made with other fields, on another task, or from another warm start.
     """
     lines = {}
     for text in path.read_text().splitlines() if path.exists() else ():
@@ -306,5 +318,10 @@ def finished(path: Path, study: Study) -> dict[tuple[str, str, int], dict[str, A
             raise ValueError(
                 f"{path} holds {run.key} with another value of {changed}. Remove its line to make it anew, or give "
                 "another --output."
+            )
+        if line is not None and warm_start not in (None, line["warm_start"]):
+            raise ValueError(
+                f"{path} holds {run.key} from another warm start: this machine trains it to other bits. Give another "
+                "--output and make all runs anew."
             )
     return {run.key: lines[run.key] for run in study.runs if run.key in lines}

@@ -28,7 +28,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from cppo_trl.report.study import write_report
-from cppo_trl.study import Run, Study, Task, carry_out, finished, prepare
+from cppo_trl.study import Run, Study, Task, carry_out, digest, finished, prepare
 
 _rollouts_done: Any = None
 
@@ -107,6 +107,7 @@ def main() -> None:
         started = time.perf_counter()
         print("Warm start: made once, kept in outputs/compare-tasks")
         warm_start = prepare(study.task, Path("outputs/compare-tasks"))
+        finished(lines, study, digest(warm_start))
         failed = _carry_out_all(runs, study, warm_start, lines, arguments.processes)
         print(f"{len(runs) - len(failed)} runs in {(time.perf_counter() - started) / 60:.0f} minutes")
     written = write_report(list(finished(lines, study).values()), arguments.output, study.name)

@@ -70,9 +70,12 @@ def test_what_a_study_refuses_before_any_run(tmp_path, changes, message):
 def test_resumption_by_lines(tmp_path):
     study, lines = Study.load(write(tmp_path)), tmp_path / "small.jsonl"
     assert finished(lines, study) == {}
-    first = {**json.loads(json.dumps({**vars(study.runs[0]), "task": vars(study.task)}))}
+    first = {**json.loads(json.dumps({**vars(study.runs[0]), "task": vars(study.task)})), "warm_start": "ab"}
     lines.write_text(json.dumps(first) + "\n" + json.dumps(first)[:50])  # the second was cut short
     assert list(finished(lines, study)) == [study.runs[0].key]
+    assert list(finished(lines, study, "ab")) == [study.runs[0].key]
+    with pytest.raises(ValueError, match="from another warm start"):
+        finished(lines, study, "cd")
     lines.write_text(json.dumps({**first, "rollouts": 3}) + "\n")
     with pytest.raises(ValueError, match=r"another value of \['rollouts'\]"):
         finished(lines, study)
