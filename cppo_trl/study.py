@@ -321,7 +321,7 @@ def finished(path: Path, study: Study, warm_start: str | None = None) -> dict[tu
             )
         if line is not None and warm_start not in (None, line["warm_start"]):
             raise ValueError(
-                f"{path} holds {run.key} from another warm start: this machine trains it to other bits. Give another "
-                "--output and make all runs anew."
+                f"{path} holds {run.key} from another warm start: give that one as --warm_start, or make all runs "
+                "anew in another --output."
             )
     return {run.key: lines[run.key] for run in study.runs if run.key in lines}

@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="the study's YAML file")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="lines, table and figures")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--warm_start", type=Path, help="the checkpoint to begin from; default: one made for the task")
     parser.add_argument("--report", action="store_true", help="make no run, only the report of those finished")
     arguments = parser.parse_args()
     study = Study.load(arguments.config)
@@ -105,8 +106,10 @@ def main() -> None:
     failed = []
     if runs and not arguments.report:
         started = time.perf_counter()
-        print("Warm start: made once, kept in outputs/compare-tasks")
-        warm_start = prepare(study.task, Path("outputs/compare-tasks"))
+        warm_start = arguments.warm_start
+        if warm_start is None:
+            print("Warm start: made once, kept in outputs/compare-tasks")
+            warm_start = prepare(study.task, Path("outputs/compare-tasks"))
         finished(lines, study, digest(warm_start))
         failed = _carry_out_all(runs, study, warm_start, lines, arguments.processes)
         print(f"{len(runs) - len(failed)} runs in {(time.perf_counter() - started) / 60:.0f} minutes")
