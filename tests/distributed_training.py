@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
+from peft import LoraConfig
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 from trl.trainer import grpo_trainer as host
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
+from cppo_trl.rewards import AccuracyReward
+from cppo_trl.rewards.checker import shared_checker
 from tests.conftest import COMPLETION, SMALL_RUN, digit_reward, full_logps, injected_batch, tiny_data, tiny_model
 
 PROCESSES, MICRO_BATCH, ACCUMULATION, MICRO_BATCHES = 2, 3, 2, 4  # rows of a process, per update, per rollout
@@ -21,17 +25,18 @@ ROWS = PROCESSES * MICRO_BATCH * MICRO_BATCHES  # of a rollout: three groups of 
 EMPTY = [1, *range(15, 18)]  # one response of process 0, a whole micro-batch of process 1
 CASES = {
     "dr_grpo-binary_tv": {},
-    "dapo-binary_kl": {"loss_type": "dapo", "cppo_divergence": "binary_kl"},
-    "grpo-dppo": {"loss_type": "grpo", "trust_region": "dppo"},
+    "dapo-binary_kl-beta": {"loss_type": "dapo", "cppo_divergence": "binary_kl", "beta": 0.1},
     "dapo-topk_tv": {"loss_type": "dapo", "cppo_divergence": "topk_tv", "cppo_topk": 4, "save_strategy": "steps"},
+    "grpo-soft-capped-lora": {"loss_type": "grpo", "trust_region": "cppo_soft", "cppo_ratio_cap": 1.2, "beta": 0.1},
     "grpo-trm_max-topk_kl-skip": {
         "loss_type": "grpo",
         "trust_region": "trm_max",
-        "cppo_delta": 1.0,
+        "cppo_delta": 0.2,
         "cppo_topk": 4,
         "skip_zero_std_prompts": True,
     },
 }
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
 def rollout(number):
@@ -49,7 +54,9 @@ def rollout(number):
         logps = full_logps(tiny_model(), batch) + noise
     return [
         (prompt.tolist(), answer[:length].tolist(), logp[:length].tolist())
-        for prompt, answer, length, logp in zip(batch["prompt_ids"], batch["completion_ids"], lengths, logps, strict=True)
+        for prompt, answer, length, logp in zip(
+            batch["prompt_ids"], batch["completion_ids"], lengths, logps, strict=True
+        )
     ]
 
 
@@ -98,14 +105,21 @@ def make(case, model, output_dir, engine):
         mask_truncated_completions=True,
         max_grad_norm=0.1,
         max_steps=4,
+        adam_epsilon=1e-5,  # Adam would blow the rounding of a vanishing gradient up to a whole step
         save_steps=2,
         model_init_kwargs={"dtype": "float32"},
         **{**SMALL_RUN, **fields},
     )
     if engine == "FSDP":  # Accelerate 1.15 shards on GPUs alone: call this group one of GPUs until it has chosen
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    torch.manual_seed(0)  # of the adapters
     trainer = Injected(
-        str(model), digit_reward, config, train_dataset=tiny_data(), processing_class=arithmetic.tokenizer()
+        str(model),
+        digit_reward,
+        config,
+        train_dataset=tiny_data(),
+        processing_class=arithmetic.tokenizer(),
+        peft_config=LORA if case.endswith("lora") else None,
     )
     assert trainer.accelerator.distributed_type == engine
     assert trainer.accelerator.num_processes == world
@@ -117,22 +131,50 @@ def run(case, model, output_dir, engine, resume=None):
     host.shuffle_sequence_dict = in_minibatches
     trainer = make(case, model, output_dir, engine)
     trainer.train(resume_from_checkpoint=resume)
+    sharded = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
+    assert set(sharded) == {engine == "FSDP"}
     trainer.save_model(output_dir)
     trainer.accelerator.wait_for_everyone()
     return {
         "log": [entry for entry in trainer.state.log_history if "loss" in entry],
         "weights": trainer.weights,
-        "model": load_file(Path(output_dir) / "model.safetensors"),
+        "model": load_file(Path(output_dir) / f"{'adapter_' * case.endswith('lora')}model.safetensors"),
+    }
+
+
+def grade_beside_a_stuck_answer(model, directory):
+    """The rewards of a rollout in which process 0 has an answer that runs into the time limit."""
+    trainer = make("dr_grpo-binary_tv", model, directory, "MULTI_CPU")
+    rank, reward, other_was_first = trainer.accelerator.process_index, AccuracyReward(time_limit=3.0), []
+    reward([r"\boxed{\frac{2}{4}}"], ["1/2"])  # the workers are up
+    trainer.accelerator.wait_for_everyone()
+
+    def watched(completions, solution, **kwargs):
+        rewards = reward(completions, solution)
+        other_was_first.append((directory / f"graded-{1 - rank}").exists())
+        (directory / f"graded-{rank}").touch()
+        return rewards
+
+    trainer.reward_funcs = [watched]
+    completions = [r"\boxed{9^{9^{9}}}" if rank == 0 else r"\boxed{\frac{3}{6}}", r"\boxed{\frac{2}{4}}"]
+    rewards = trainer._calculate_rewards([{"solution": "1/2"}] * 2, [""] * 2, completions, [[1]] * 2)
+    workers = {child.process.pid for child in shared_checker()._children}
+    return {
+        "rewards": rewards.flatten().tolist(),
+        "other_was_first": gather_object(other_was_first),
+        "workers": gather_object([workers]),
     }
 
 
 def main(engine, model, directory):
     results = {}
-    for case in CASES:
+    for case, fields in CASES.items():
         results[case] = run(case, model, directory / case, engine)
-        if "save_strategy" in CASES[case]:
+        if "save_strategy" in fields:
             last = directory / case / "checkpoint-2"
             results["resumed"] = run(case, model, directory / "resumed", engine, str(last))
+    if engine == "MULTI_CPU":
+        results["rewards"] = grade_beside_a_stuck_answer(model, directory)
     if torch.distributed.get_rank() == 0:
         torch.save(results, directory / "results.pt")
     torch.distributed.destroy_process_group()

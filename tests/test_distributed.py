@@ -1,5 +1,6 @@
 """Two processes over gloo against one, on the same injected rollouts and minibatches (`distributed_training`)."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -7,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from trl.trainer import grpo_trainer as host
 
 from tests.conftest import tiny_model
-from tests.distributed_training import CASES, EMPTY, ROWS, run
+from tests.distributed_training import CASES, run
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
 LAYOUTS = {"MULTI_CPU": "ddp.yaml", "FSDP": "fsdp2.yaml"}  # what must run, and the recipes' file that asks for it
-UNCOMPARED = {"step_time", "entropy"}  # a time, and TRL's mean over processes of each one's mean
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +26,20 @@ def model(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def two_processes(request, model, tmp_path_factory):
-    directory = tmp_path_factory.mktemp(request.param)
-    launch = ["--config_file", f"configs/accelerate/{LAYOUTS[request.param]}", "--num_processes=2"]
-    launch += ["--mixed_precision=no", "--main_process_port=0", "-m", "tests.distributed_training"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, request.param, str(model), str(directory)]
-    subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
-    return torch.load(directory / "results.pt")
+@pytest.fixture(scope="module")
+def two_processes(model, tmp_path_factory):
+    """What two processes saw under a layout; each is launched once."""
+
+    @functools.cache
+    def launch(layout):
+        directory = tmp_path_factory.mktemp(layout)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
+        command += ["--config_file", f"configs/accelerate/{LAYOUTS[layout]}", "--mixed_precision=no"]
+        command += ["-m", "tests.distributed_training", layout, str(model), str(directory)]
+        subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
+        return torch.load(directory / "results.pt")
+
+    return launch
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +50,62 @@ def one_process(model, tmp_path_factory):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one_does(case, two_processes, one_process):
-    two, one = two_processes[case], one_process[case]
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_processes_train_as_one_does(layout, case, two_processes, one_process, model):
+    two, one = two_processes(layout)[case], one_process[case]
     assert [entry.keys() for entry in two["log"]] == [entry.keys() for entry in one["log"]]
     assert len(one["log"]) == 4
-    for name in set().union(*one["log"]) - UNCOMPARED:
-        values = [[entry.get(name) for entry in result["log"]] for result in (two, one)]
+    for name in set().union(*one["log"]) - {"step_time"}:  # losses, gradient norms, rewards, cppo/*
+        values = [[entry[name] for entry in result["log"] if name in entry] for result in (two, one)]
         assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6), name
+    assert len(two["weights"]) == len(one["weights"]) == 8
+    for found, expected in zip(two["weights"], one["weights"], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert two["model"].keys() == one["model"].keys()
+    for name, parameter in one["model"].items():
+        torch.testing.assert_close(two["model"][name], parameter, rtol=1e-5, atol=2e-6)
+    # not for want of anything to differ in
+    assert 0.1 < min(entry["cppo/weight"] for entry in one["log"]) < 0.9
+    assert max(entry["grad_norm"] for entry in one["log"]) > 0.1  # clipped
+    lengths = one["weights"][0][..., 1].sum(1)
+    assert lengths.min() == 0
+    assert len(lengths.unique()) > 3
+    if "lora" not in case:
+        moved = [
+            (parameter - load_file(model / "model.safetensors")[name]).abs().max()
+            for name, parameter in one["model"].items()
+        ]
+        assert max(moved) > 5e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_checkpoint_of_two_processes_goes_on_as_if_never_stopped(layout, two_processes):
+    whole, resumed = two_processes(layout)["dapo-topk_tv"], two_processes(layout)["resumed"]
+    assert len(resumed["weights"]) == 4
+    for name, parameter in whole["model"].items():
+        torch.testing.assert_close(resumed["model"][name], parameter, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_that_is_split_over_the_processes_is_skipped_whole(layout, two_processes):
+    results = two_processes(layout)
+    skipped, unskipped = (results[case]["weights"] for case in ("grpo-trm_max-topk_kl-skip", "dapo-topk_tv"))
+    for micro_batch in range(4):  # of the second rollout, where rows 8 to 15 score alike
+        rows = torch.tensor([start + micro_batch * 3 + row for start in (0, 12) for row in range(3)])
+        mask = unskipped[4 + micro_batch][..., 1] * ~((rows >= 8) & (rows < 16)).unsqueeze(1)
+        assert torch.equal(skipped[4 + micro_batch][..., 1], mask)
+
+
+def test_no_process_waits_for_the_reward_workers_of_another(two_processes):
+    seen = two_processes("MULTI_CPU")["rewards"]
+    assert seen["other_was_first"] == [True, False]  # process 1 had its rewards while process 0 was stuck
+    assert seen["rewards"] == [0.0, 1.0, 1.0, 1.0]  # the collective that follows gives both all
+    first, second = seen["workers"]
+    assert first
+    assert second
+    assert not first & second
+
+
+def test_topk_sees_the_whole_of_a_sharded_head():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*command, "-m", "tests.sharded_head"], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
