@@ -23,6 +23,7 @@ from tests.conftest import COMPLETION, SMALL_RUN, digit_reward, full_logps, inje
 PROCESSES, MICRO_BATCH, ACCUMULATION, MICRO_BATCHES = 2, 3, 2, 4  # rows of a process, per update, per rollout
 ROWS = PROCESSES * MICRO_BATCH * MICRO_BATCHES  # of a rollout: three groups of 8, the middle one on both processes
 EMPTY = [1, *range(15, 18)]  # one response of process 0, a whole micro-batch of process 1
+TYPES = {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # by layout
 CASES = {
     "dr_grpo-binary_tv": {},
     "dapo-binary_kl-beta": {"loss_type": "dapo", "cppo_divergence": "binary_kl", "beta": 0.1},
@@ -92,8 +93,8 @@ class Injected(CPPOTrainer):
         return weight
 
 
-def make(case, model, output_dir, engine):
-    world = 1 if engine == "NO" else PROCESSES
+def make(case, model, output_dir, layout):
+    world = 1 if layout == "one" else PROCESSES
     fields = {"learning_rate": 1e-2, "loss_type": "dr_grpo", "cppo_delta": 0.05, **CASES[case]}
     config = CPPOConfig(
         str(output_dir),
@@ -110,7 +111,7 @@ def make(case, model, output_dir, engine):
         model_init_kwargs={"dtype": "float32"},
         **{**SMALL_RUN, **fields},
     )
-    if engine == "FSDP":  # Accelerate 1.15 shards on GPUs alone: call this group one of GPUs until it has chosen
+    if layout == "fsdp2":  # Accelerate 1.15 shards on GPUs alone: call this group one of GPUs until it has chosen
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(0)  # of the adapters
     trainer = Injected(
@@ -121,18 +122,21 @@ def make(case, model, output_dir, engine):
         processing_class=arithmetic.tokenizer(),
         peft_config=LORA if case.endswith("lora") else None,
     )
-    assert trainer.accelerator.distributed_type == engine
-    assert trainer.accelerator.num_processes == world
-    assert trainer.accelerator.is_fsdp2 == (engine == "FSDP")
+    accelerator = trainer.accelerator
+    assert accelerator.distributed_type == TYPES[layout]
+    assert accelerator.num_processes == world
+    assert accelerator.is_fsdp2 == (layout == "fsdp2")
+    if TYPES[layout] == "DEEPSPEED":
+        assert layout == f"zero{accelerator.state.deepspeed_plugin.zero_stage}"
     return trainer
 
 
-def run(case, model, output_dir, engine, resume=None):
+def run(case, model, output_dir, layout, resume=None):
     host.shuffle_sequence_dict = in_minibatches
-    trainer = make(case, model, output_dir, engine)
+    trainer = make(case, model, output_dir, layout)
     trainer.train(resume_from_checkpoint=resume)
     sharded = [isinstance(parameter, DTensor) for parameter in trainer.model.parameters()]
-    assert set(sharded) == {engine == "FSDP"}
+    assert set(sharded) == {layout == "fsdp2"}
     trainer.save_model(output_dir)
     trainer.accelerator.wait_for_everyone()
     return {
@@ -144,7 +148,7 @@ def run(case, model, output_dir, engine, resume=None):
 
 def grade_beside_a_stuck_answer(model, directory):
     """The rewards of a rollout in which process 0 has an answer that runs into the time limit."""
-    trainer = make("dr_grpo-binary_tv", model, directory, "MULTI_CPU")
+    trainer = make("dr_grpo-binary_tv", model, directory, "ddp")
     rank, reward, other_was_first = trainer.accelerator.process_index, AccuracyReward(time_limit=3.0), []
     reward([r"\boxed{\frac{2}{4}}"], ["1/2"])  # the workers are up
     trainer.accelerator.wait_for_everyone()
@@ -166,14 +170,14 @@ def grade_beside_a_stuck_answer(model, directory):
     }
 
 
-def main(engine, model, directory):
+def main(layout, model, directory):
     results = {}
     for case, fields in CASES.items():
-        results[case] = run(case, model, directory / case, engine)
+        results[case] = run(case, model, directory / case, layout)
         if "save_strategy" in fields:
             last = directory / case / "checkpoint-2"
-            results["resumed"] = run(case, model, directory / "resumed", engine, str(last))
-    if engine == "MULTI_CPU":
+            results["resumed"] = run(case, model, directory / "resumed", layout, str(last))
+    if layout == "ddp":
         results["rewards"] = grade_beside_a_stuck_answer(model, directory)
     if torch.distributed.get_rank() == 0:
         torch.save(results, directory / "results.pt")

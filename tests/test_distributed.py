@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from tests.conftest import tiny_model
 from tests.distributed_training import CASES, run
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-LAYOUTS = {"MULTI_CPU": "ddp.yaml", "FSDP": "fsdp2.yaml"}  # what must run, and the recipes' file that asks for it
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+LAYOUTS = ["ddp", "fsdp2", *(pytest.param(layout, marks=WITH_DEEPSPEED) for layout in ("zero2", "zero3"))]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +36,9 @@ def two_processes(model, tmp_path_factory):
     def launch(layout):
         directory = tmp_path_factory.mktemp(layout)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-        command += ["--config_file", f"configs/accelerate/{LAYOUTS[layout]}", "--mixed_precision=no"]
+        command += ["--config_file", f"configs/accelerate/{layout}.yaml", "--mixed_precision=no"]
         command += ["-m", "tests.distributed_training", layout, str(model), str(directory)]
-        subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT, timeout=240)
+        subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT, timeout=290)
         return torch.load(directory / "results.pt")
 
     return launch
@@ -46,7 +48,7 @@ def two_processes(model, tmp_path_factory):
 def one_process(model, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(host, "shuffle_sequence_dict", host.shuffle_sequence_dict)  # run() replaces it
-        return {case: run(case, model, tmp_path_factory.mktemp(case), "NO") for case in CASES}
+        return {case: run(case, model, tmp_path_factory.mktemp(case), "one") for case in CASES}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,7 +99,7 @@ def test_a_prompt_that_is_split_over_the_processes_is_skipped_whole(layout, two_
 
 
 def test_no_process_waits_for_the_reward_workers_of_another(two_processes):
-    seen = two_processes("MULTI_CPU")["rewards"]
+    seen = two_processes("ddp")["rewards"]
     assert seen["other_was_first"] == [True, False]  # process 1 had its rewards while process 0 was stuck
     assert seen["rewards"] == [0.0, 1.0, 1.0, 1.0]  # the collective that follows gives both all
     first, second = seen["workers"]
