@@ -26,7 +26,12 @@ EMPTY = [1, *range(15, 18)]  # one response of process 0, a whole micro-batch of
 TYPES = {"one": "NO", "ddp": "MULTI_CPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}  # by layout
 CASES = {
     "dr_grpo-binary_tv": {},
-    "dapo-binary_kl-beta": {"loss_type": "dapo", "cppo_divergence": "binary_kl", "beta": 0.1},
+    "dapo-binary_kl-beta-skip": {
+        "loss_type": "dapo",
+        "cppo_divergence": "binary_kl",
+        "beta": 0.1,
+        "skip_zero_std_prompts": True,
+    },
     "dapo-topk_tv": {"loss_type": "dapo", "cppo_divergence": "topk_tv", "cppo_topk": 4, "save_strategy": "steps"},
     "grpo-soft-capped-lora": {"loss_type": "grpo", "trust_region": "cppo_soft", "cppo_ratio_cap": 1.2, "beta": 0.1},
     "grpo-trm_max-topk_kl-skip": {
