@@ -139,7 +139,7 @@ def _profile(valid: Tensor, *rows: Tensor) -> Tensor:
 
 def _theorem_held(valid: Tensor, verdict: Verdict) -> Tensor:
     """Where Theorem 1's constraints hold, Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token."""
-    if verdict.prefix is None or verdict.within_threshold is None:
+    if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
         return torch.zeros_like(valid)
     last = valid & (valid.cumsum(-1) == valid.sum(-1, keepdim=True))
     return verdict.within_threshold & ((verdict.prefix.spent <= verdict.delta_b * verdict.prefix.weight_sum) | last)

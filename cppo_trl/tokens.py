@@ -11,7 +11,7 @@ from cppo_trl.rules import Verdict
 from cppo_trl.run_files import FATES
 
 RESPONSES, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 1024, 256
-"""At most so many responses of a batch are kept, so many first tokens of each, and so many last tokens of its prompt."""
+"""At most so many responses of a batch are kept, so many first tokens of each, and so many last ones of its prompt."""
 
 
 class TokenTable(NamedTuple):
