@@ -31,7 +31,9 @@ def panel_figure(panel: Panel) -> go.Figure:
             stackgroup="all" if panel.stacked else None,
         )
     figure.update_xaxes(title=panel.x_label)
-    figure.update_yaxes(title=panel.y_label, rangemode="tozero", tickformat=".3~%" if panel.share else ".3~g")
+    figure.update_yaxes(
+        title=panel.y_label, rangemode="tozero", automargin=True, tickformat=".3~%" if panel.share else ".3~g"
+    )
     return figure.update_layout(showlegend=len(panel.lines) > 1)
 
 
@@ -91,5 +93,5 @@ def token_figure(plot: TokenPlot) -> go.Figure:
             hovertemplate=f"token %{{x}}<br>{plot.value_label} %{{y:.4g}}<extra>{FATE_WORDS[fate]}</extra>",
         )
     figure.update_xaxes(title="token of the response", range=ends)
-    figure.update_yaxes(title=plot.value_label, tickformat=".3~g", range=plot.y_range)
+    figure.update_yaxes(title=plot.value_label, automargin=True, tickformat=".3~g", range=plot.y_range)
     return figure.update_layout(barmode="overlay")

@@ -173,15 +173,16 @@ def curves(groups: Sequence[Group]) -> list[Panel]:
 def _accuracy(groups: Sequence[Group]) -> Panel:
     """avg@k on each benchmark where it was logged, else the reward of TRL's own evaluation."""
     logged = {key for group in groups for run in group.runs for row in run.history for key in row}
-    keys, note = sorted(key for key in logged if _ACCURACY.match(key)), "share of right answers to held-out problems"
+    keys = sorted(key for key in logged if _ACCURACY.match(key))
+    title, note = "Held-out accuracy", "share of right answers to held-out problems"
     if not keys:
-        keys, note = ["eval_reward"], "mean reward on held-out problems"
+        keys, title, note = ["eval_reward"], "Held-out reward", "mean reward on held-out problems"
     lines = []
     for i, (group, key) in enumerate((group, key) for group in groups for key in keys):
         label = f"{group.label}: {key.removeprefix('eval_')}" if len(keys) > 1 else group.label
         line = _group_line(group, key, label, COLOURS[i % len(COLOURS)])
         lines += [line] if line else []
-    return Panel("accuracy", "Held-out accuracy", note, lines, keys[0].removeprefix("eval_"))
+    return Panel("accuracy", title, note, lines, keys[0].removeprefix("eval_"))
 
 
 def _group_line(group: Group, key: str, label: str, colour: str) -> Line | None:
