@@ -75,7 +75,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
         axes.stackplot(panel.lines[0].x, *(line.y for line in panel.lines), colors=colours, labels=labels)
     for line in () if panel.stacked else panel.lines:
         style = "--" if line.dashed else "-"
-        axes.plot(line.x, line.y, style, color=line.colour, label=line.label, linewidth=1.3)
+        axes.plot(line.x, line.y, style, color=line.colour, label=line.label, linewidth=1.3, clip_on=False)
         if line.low is not None:
             axes.fill_between(line.x, line.low, line.high, color=line.colour, alpha=0.15, linewidth=0)
     axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
@@ -85,7 +85,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     if panel.share:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if len(panel.lines) > 1:
-        axes.legend(fontsize="x-small", loc="upper left" if panel.stacked else "best")
+        axes.legend(fontsize="x-small", loc="upper right" if panel.stacked else "best")
 
 
 def _draw_heat_map(figure: Figure, axes: Any, heat_map: HeatMap) -> None:

@@ -10,7 +10,7 @@ _LAYOUT: dict[str, Any] = {
     "template": "plotly_white",
     "height": 320,
     "margin": {"l": 60, "r": 15, "t": 10, "b": 45},
-    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"},
     "hovermode": "x unified",
     "font": {"family": "system-ui, sans-serif", "size": 12},
 }
@@ -32,9 +32,13 @@ def panel_figure(panel: Panel) -> go.Figure:
         )
     figure.update_xaxes(title=panel.x_label)
     figure.update_yaxes(
-        title=panel.y_label, rangemode="tozero", automargin=True, tickformat=".3~%" if panel.share else ".3~g"
+        title=_beside(panel.y_label), rangemode="tozero", automargin=True, tickformat=".3~%" if panel.share else ".3~g"
     )
     return figure.update_layout(showlegend=len(panel.lines) > 1)
+
+
+def _beside(label: str) -> dict[str, Any]:
+    return {"text": label, "standoff": 12}  # clear of the ticks
 
 
 def _band(line: Line) -> list[go.Scatter]:
@@ -61,7 +65,7 @@ def heat_map_figure(heat_map: HeatMap) -> go.Figure:
         hovertemplate=f"update %{{x}}<br>position %{{y:.3f}}<br>{heat_map.label} %{{z:{number}}}<extra></extra>",
     )
     figure.update_xaxes(title="update")
-    figure.update_yaxes(title="relative position in the response")
+    figure.update_yaxes(title=_beside("relative position in the response"), automargin=True)
     return figure
 
 
@@ -93,5 +97,5 @@ def token_figure(plot: TokenPlot) -> go.Figure:
             hovertemplate=f"token %{{x}}<br>{plot.value_label} %{{y:.4g}}<extra>{FATE_WORDS[fate]}</extra>",
         )
     figure.update_xaxes(title="token of the response", range=ends)
-    figure.update_yaxes(title=plot.value_label, automargin=True, tickformat=".3~g", range=plot.y_range)
+    figure.update_yaxes(title=_beside(plot.value_label), automargin=True, tickformat=".3~g", range=plot.y_range)
     return figure.update_layout(barmode="overlay")

@@ -24,7 +24,7 @@ from cppo_trl.report.panels import (
 from cppo_trl.report.runs import Group, Run, grouped
 from cppo_trl.run_files import FATES
 
-_TOKEN_COLUMNS = ("divergence", "position_weight", "threshold", "ratio", "weight")
+_TOKEN_COLUMNS = ("divergence", "position_weight", "threshold", "average", "ratio", "weight")
 
 
 def write_report(runs: Sequence[Run], path: Path) -> list[Path]:
@@ -148,10 +148,10 @@ def _masked_tokens(record: Mapping[str, Any]) -> int:
 
 
 def _embedded_response(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    columns = {name: record[name] for name in _TOKEN_COLUMNS if name in record}
-    if "spent" in record:
-        sums = zip(record["spent"], record["weight_sum"], strict=True)
-        columns["average"] = [spent / weight if weight else 0.0 for spent, weight in sums]
+    sums = zip(record.get("spent", ()), record.get("weight_sum", ()), strict=True)
+    averages = [spent / weight if weight else 0.0 for spent, weight in sums]
+    known = {**record, "average": averages} if averages else record
+    columns = {name: known[name] for name in _TOKEN_COLUMNS if name in known}
     title = _token_title(record)
     return {
         "title": f"{title}, advantage {record['advantage']:+.3g}",
