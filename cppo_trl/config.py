@@ -65,6 +65,8 @@ class CPPOConfig(GRPOConfig):
         cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
         skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normaliser,
             as the paper does.
+        log_tokens_steps: updates between two logs of a few responses token by token, for ``cppo_trl.report``; best a
+            multiple of the updates per rollout, whose last has moved furthest. 0 logs none.
 
     Raises:
         ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
@@ -114,6 +116,9 @@ class CPPOConfig(GRPOConfig):
         default=False,
         metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normaliser."},
     )
+    log_tokens_steps: int = field(
+        default=0, metadata={"help": "Updates between two logs of a few responses token by token; 0: none."}
+    )
 
     steps_per_generation: int | None = field(
         default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
@@ -137,6 +142,8 @@ class CPPOConfig(GRPOConfig):
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
         self._check_rule()
+        every = self.log_tokens_steps
+        _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
         super().__post_init__()  # also parses JSON strings into dicts
         self._check_host_options()
         self._warn_doubtful()
@@ -150,6 +157,20 @@ class CPPOConfig(GRPOConfig):
     def rule_parameters(self) -> dict[str, Any]:
         """The fields that the rule reads, without their prefix ``cppo_``."""
         return {name: getattr(self, f"cppo_{name}") for name in self.rule.parameters}
+
+    @property
+    def theorem_unit(self) -> float | None:
+        """δ w_min, to which the budget δ_b is as Theorem 1's bound is to that of one threshold for all (Corollary 7).
+
+        None where the theorem does not speak of the rule: no budget, a divergence that is no total variation, or
+        shuffled weights.
+        """
+        if "delta_b" not in self.rule.parameters or self.cppo_shuffle_weights:
+            return None
+        if not str(self.cppo_divergence).endswith("tv") or math.inf in (self.cppo_delta, self.cppo_delta_b):
+            return None
+        assert self.cppo_delta is not None  # set by __post_init__
+        return self.cppo_delta * self.cppo_w_min
 
     @property
     def uses_topk(self) -> bool:

@@ -1,10 +1,9 @@
 """What the trust region did in a loss call, as one vector that adds up over micro-batches and processes."""
 
-import json
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,9 +32,33 @@ _SUMS = (
     "listed",
     "topk_mass",
     "weight",
+    "theorem_prefixes",
+    "theorem_responses",
 )
 _PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
-_PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget")
+_PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget", "prefix_average")
+
+
+class Fates(NamedTuple):
+    """What became of each token; ``(B, T)`` bool, False outside the mask and where the advantage is zero."""
+
+    active: Tensor
+    """with non-zero advantage"""
+    away: Tensor
+    """of these, the step leads away from the rollout policy"""
+    by_threshold: Tensor
+    """masked, and not by the budget"""
+    by_budget: Tensor
+    """masked although within the threshold"""
+
+
+@torch.no_grad()
+def fates(advantages: Tensor, log_ratio: Tensor, mask: Tensor, verdict: Verdict) -> Fates:
+    """The fate of each token under a rule's verdict. Arguments as in `loss_record`."""
+    active = mask.bool() & (advantages != 0)
+    masked = active & (verdict.weight == 0)
+    by_budget = masked & (verdict.within_threshold if verdict.within_threshold is not None else False)
+    return Fates(active, active & moves_away(advantages, log_ratio), masked & ~by_budget, by_budget)
 
 
 @torch.no_grad()
@@ -65,10 +88,9 @@ def loss_record(
     divergence = divergence.float().masked_fill(~valid, 0.0)
     ratio = log_ratio.float().exp().masked_fill(~valid, 0.0)
     positive, negative = valid & (advantages > 0), valid & (advantages < 0)
-    active, away = positive | negative, moves_away(advantages, log_ratio)
-    masked = active & (verdict.weight == 0)
-    by_budget = masked & (verdict.within_threshold if verdict.within_threshold is not None else False)
-    by_threshold = masked & ~by_budget
+    active, away, by_threshold, by_budget = fates(advantages, log_ratio, mask, verdict)
+    masked = by_threshold | by_budget
+    held = _theorem_held(valid, verdict)
     delta_b = verdict.delta_b
     budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
     listed = valid & (topk_mass is not None)
@@ -89,15 +111,15 @@ def loss_record(
         listed,
         listed if topk_mass is None else topk_mass.where(listed, 0.0),
         verdict.weight.where(active, 0.0),
+        held & valid,
+        (held | ~valid).all(-1, keepdim=True) & budgeted,
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
     index = (octave * _BINS_PER_OCTAVE).long().clamp(0, _OCTAVES * _BINS_PER_OCTAVE - 1)
     histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
     histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
-    place = (valid.cumsum(-1) - 1).clamp(min=0) * POSITION_BINS // valid.sum(-1, keepdim=True).clamp(min=1)
-    profile = divergence.new_zeros(len(_PROFILE), POSITION_BINS)
-    by_token = torch.stack([x.flatten().float() for x in (valid, divergence, active, by_threshold, by_budget)])
-    profile.scatter_add_(1, place.clamp(max=POSITION_BINS - 1).flatten().expand_as(by_token), by_token)
+    prefix_average = valid.new_zeros(()) if verdict.prefix is None or delta_b is None else verdict.prefix.average()
+    profile = _profile(valid, divergence, active, by_threshold, by_budget, prefix_average.where(valid, 0.0))
     return torch.cat(
         [
             torch.stack([x.sum().float() for x in sums]),
@@ -112,6 +134,22 @@ def loss_record(
 def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
     """Count a loss that is NaN or infinite in a record, in place and without waiting for the device."""
     record[_SUMS.index("nonfinite_losses")] += ~loss.detach().isfinite()
+
+
+def _profile(valid: Tensor, *rows: Tensor) -> Tensor:
+    """Sums of ``valid`` and of each row, ``(B, T)``, over each of `POSITION_BINS` parts of the responses."""
+    place = (valid.cumsum(-1) - 1).clamp(min=0) * POSITION_BINS // valid.sum(-1, keepdim=True).clamp(min=1)
+    by_token = torch.stack([x.flatten().float() for x in (valid, *rows)])
+    profile = by_token.new_zeros(len(by_token), POSITION_BINS)
+    return profile.scatter_add_(1, place.clamp(max=POSITION_BINS - 1).flatten().expand_as(by_token), by_token)
+
+
+def _theorem_held(valid: Tensor, verdict: Verdict) -> Tensor:
+    """Where Theorem 1's constraints hold, Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token."""
+    if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
+        return torch.zeros_like(valid)
+    last = valid & (valid.cumsum(-1) == valid.sum(-1, keepdim=True))
+    return verdict.within_threshold & ((verdict.prefix.spent <= verdict.delta_b * verdict.prefix.weight_sum) | last)
 
 
 def add_records(total: Tensor | None, record: Tensor) -> Tensor:
@@ -132,13 +170,14 @@ def total_over_processes(record: Tensor, gather: Callable[[Tensor], Tensor]) -> 
     return torch.cat([per_process[:, :-2].sum(0), per_process[:, -2:].amax(0)]).tolist()
 
 
-def summarize(total: list[float]) -> dict[str, float]:
+def summarize(total: list[float], theorem_unit: float | None = None) -> dict[str, float]:
     """Named scalars of a record. Shares are over tokens with non-zero advantage.
 
     A scalar with nothing to average over is left out.
 
     Args:
         total: as from `total_over_processes`.
+        theorem_unit: δ w_min, or None to leave Theorem 1 out; as `CPPOConfig.theorem_unit`.
     """
     n = dict(zip(_SUMS, total, strict=False))
     masked = n["masked_positive"] + n["masked_negative"]
@@ -157,6 +196,10 @@ def summarize(total: list[float]) -> dict[str, float]:
         "divergence/mean": (n["divergence"], n["tokens"]),
         "ratio/mean": (n["ratio"], n["tokens"]),
     }
+    if theorem_unit is not None:
+        fractions["theorem/prefixes"] = (n["theorem_prefixes"], n["tokens"])
+        fractions["theorem/responses"] = (n["theorem_responses"], n["budgeted"])
+        fractions["theorem/bound_ratio"] = (n["delta_b"], n["budgeted"] * theorem_unit)
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
     if n["nonfinite_losses"] > 0:
         scalars["nonfinite_losses"] = n["nonfinite_losses"]
@@ -174,18 +217,11 @@ def position_profile(total: list[float]) -> dict[str, list[float]]:
 
     Returns:
         `POSITION_BINS` values each of ``tokens``, ``divergence`` (sum of D_t), ``active`` (tokens with non-zero
-        advantage), ``masked_by_threshold`` and ``masked_by_budget`` (of the active ones).
+        advantage), ``masked_by_threshold`` and ``masked_by_budget`` (of the active ones), and ``prefix_average`` (sum
+        of S_t / W_t; 0 without a budget).
     """
     rows = total[_PROFILE_START:-2]
     return {name: rows[i * POSITION_BINS : (i + 1) * POSITION_BINS] for i, name in enumerate(_PROFILE)}
-
-
-def append_profile(directory: Path, step: int, profile: dict[str, list[float]]) -> None:
-    """Add an update's position profile to ``trust_region.jsonl``; after a resume the last line of a step counts."""
-    directory.mkdir(parents=True, exist_ok=True)
-    rounded = {name: [float(f"{value:.5g}") for value in values] for name, values in profile.items()}
-    with (directory / "trust_region.jsonl").open("a") as file:
-        file.write(json.dumps({"step": step, **rounded}) + "\n")
 
 
 def _histogram_quantile(counts: list[float], quantile: float) -> float:

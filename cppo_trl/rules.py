@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from cppo_trl.trust_region import (
+    Prefix,
     cispo_weight,
     cppo_mask,
     cppo_soft_weight,
@@ -19,8 +20,8 @@ from cppo_trl.trust_region import (
     grpo_mask,
     minpro_weight,
     no_mask,
-    position_weights,
     prefix_budget,
+    prefix_sums,
     ratio_cap_weight,
     trm_avg_mask,
     trm_max_mask,
@@ -38,6 +39,8 @@ class Verdict(NamedTuple):
     """``(B, T)`` bool, w_t D_t <= δ: a token of weight 0 there is rejected by the budget. None: there is no budget"""
     delta_b: Tensor | None
     """``(B, 1)`` fp32, the prefix budget in force, or None where there is none"""
+    prefix: Prefix | None
+    """Position weights and prefix sums of a rule that has them, unless its δ is inf"""
 
 
 @dataclass(frozen=True)
@@ -84,18 +87,19 @@ class Rule:
             ratio_cap: C >= 1, or None.
             **parameters: values of ``self.parameters``.
         """
-        within_threshold = budget = None
+        within_threshold = budget = prefix = None
         if "delta_b" in parameters:
             quantile, multiple = (parameters.pop(f"delta_b_{name}") for name in ("quantile", "max_multiple"))
-            if math.inf not in (parameters["delta"], parameters["delta_b"]):  # delta is the budget's slack
-                budget = prefix_budget(divergence, mask, parameters["delta_b"], quantile, multiple)
-                parameters["delta_b"] = budget
-                weights = position_weights(mask, parameters["w_min"], parameters["order"])
-                within_threshold = weights * divergence <= parameters["delta"]
+            if parameters["delta"] < math.inf:  # delta is the budget's slack
+                if parameters["delta_b"] < math.inf:
+                    budget = prefix_budget(divergence, mask, parameters["delta_b"], quantile, multiple)
+                    parameters["delta_b"] = budget
+                prefix = prefix_sums(divergence, mask, **parameters)
+                within_threshold = None if budget is None else prefix.weighted <= parameters["delta"]
         weight = self.weigh(divergence, advantages, log_ratio, mask, **parameters).float()
         if ratio_cap is not None:
             weight = weight * ratio_cap_weight(log_ratio, ratio_cap)
-        return Verdict(weight, within_threshold, budget)
+        return Verdict(weight, within_threshold, budget, prefix)
 
 
 _CPPO = "CPPO, arXiv 2606.10968"

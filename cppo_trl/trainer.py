@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from cppo_trl.checkpoints import saving
@@ -26,7 +27,6 @@ from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, top
 from cppo_trl.host_checks import check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
-    append_profile,
     count_nonfinite_loss,
     loss_record,
     position_profile,
@@ -36,8 +36,18 @@ from cppo_trl.metrics import (
 from cppo_trl.model_card import complete_card
 from cppo_trl.nonfinite import require_finite, stop
 from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
+from cppo_trl.run_files import append_profile, append_tokens, write_run
+from cppo_trl.tokens import token_records, token_table
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
+
+
+class _WriteRun(TrainerCallback):
+    """Leaves the configuration beside the logs when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            write_run(Path(args.output_dir), model.config._name_or_path, args.schedule(), args.to_dict())
 
 
 class CPPOTrainer(GRPOTrainer):
@@ -111,6 +121,7 @@ class CPPOTrainer(GRPOTrainer):
         self.dataset_names: list[str] = []  # Hub names or local paths,
         self.command: str | None = None  # and what was run
         self._record: Any = None  # metrics of the micro-batches since the last update
+        self.add_callback(_WriteRun)
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client.get_server_info())
         if self.accelerator.is_main_process:
@@ -180,7 +191,7 @@ class CPPOTrainer(GRPOTrainer):
             del self._metrics[mode][name]  # TRL's clip is off
         if mode == "eval" or self.accelerator.sync_gradients:
             total = total_over_processes(self._record, self.accelerator.gather)
-            scalars = summarize(total)
+            scalars = summarize(total, self.args.theorem_unit)
             weights_unmoved = mode == "eval" or self.state.global_step == self._rollout_step
             if weights_unmoved and "cppo/divergence/mean" in scalars:
                 scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]
@@ -250,7 +261,19 @@ class CPPOTrainer(GRPOTrainer):
         verdict = self.args.rule.judge(divergence, advantages, log_ratio, mask, **self._rule_parameters())
         record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass)
         self._record = add_records(self._record, record)
+        if self._tokens_due():
+            assert self._loss_inputs is not None  # inside a loss
+            rows = (divergence, advantages, log_ratio, mask, verdict)
+            table = token_table(self._loss_inputs, *rows, self.args.cppo_delta)
+            records = token_records(table, self._tokenizer.batch_decode)
+            append_tokens(Path(self.args.output_dir), self.state.global_step + 1, records)
         return verdict.weight
+
+    def _tokens_due(self) -> bool:
+        """Whether this is the main process's last micro-batch of an update whose tokens are to be logged."""
+        every = self.args.log_tokens_steps
+        due = every > 0 and (self.state.global_step + 1) % every == 0 and self.accelerator.sync_gradients
+        return due and self.model.training and self.is_world_process_zero()
 
     def _rule_parameters(self) -> dict[str, Any]:
         parameters = self.args.rule_parameters

@@ -110,12 +110,24 @@ def moves_away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
 class Prefix(NamedTuple):
     """The left and right sides of Eq. (10) over a response; ``(B, T)`` fp32 each."""
 
+    weights: Tensor
+    """w_t"""
     weighted: Tensor
     """w_t D_t"""
     spent: Tensor
     """S_t = Σ_{j<=t} w_j D_j, over every token of the response, kept or masked"""
+    weight_sum: Tensor
+    """W_t = Σ_{j<=t} w_j"""
     limit: Tensor
-    """δ + δ_b W_{t-1}, with W_t = Σ_{j<=t} w_j"""
+    """δ + δ_b W_{t-1}"""
+
+    def average(self) -> Tensor:
+        """S_t / W_t, the prefix average that the budget δ_b is held against; 0 before the first token."""
+        return self.spent / self.weight_sum.where(self.weight_sum > 0, 1.0)
+
+    def threshold(self, delta: float) -> Tensor:
+        """c_t = min(δ, δ + δ_b W_{t-1} - S_{t-1}), Eq. (8): what w_t D_t is held against."""
+        return (self.limit - (self.spent - self.weighted)).clamp(max=delta)
 
 
 @torch.no_grad()
@@ -131,10 +143,11 @@ def prefix_sums(
     """What Eq. (8) and (10) compare. Arguments as in `cppo_mask`."""
     weights = position_weights(mask, w_min, order)
     weighted = weights * divergence.float().masked_fill(~mask.bool(), 0.0)
-    prefix_weight = weights.cumsum(-1).roll(1, -1)  # W_{t-1}
+    weight_sum = weights.cumsum(-1)
+    prefix_weight = weight_sum.roll(1, -1)  # W_{t-1}
     prefix_weight[..., :1] = 0.0
     allowance = (delta_b * prefix_weight).nan_to_num(nan=0.0, posinf=torch.inf)  # inf * W_0 is 0: no prefix yet
-    return Prefix(weighted, weighted.cumsum(-1), delta + allowance)
+    return Prefix(weights, weighted, weighted.cumsum(-1), weight_sum, delta + allowance)
 
 
 @torch.no_grad()
@@ -167,8 +180,8 @@ def cppo_mask(
     Returns:
         ``(B, T)`` bool, True = kept; False outside the mask.
     """
-    weighted, spent, limit = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    inside = (weighted <= delta) & (spent <= limit)
+    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    inside = (prefix.weighted <= delta) & (prefix.spent <= prefix.limit)
     return mask.bool() & (inside | ~moves_away(advantages, log_ratio))
 
 
@@ -189,8 +202,8 @@ def cppo_soft_weight(
     x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 exactly where `cppo_mask` keeps the token.
     Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
     """
-    weighted, spent, limit = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    excess = torch.maximum(weighted / delta, spent / limit)  # x_t
+    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    excess = torch.maximum(prefix.weighted / delta, prefix.spent / prefix.limit)  # x_t
     gate = excess.clamp(min=1.0).reciprocal()
     return gate.masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
 

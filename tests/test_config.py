@@ -94,6 +94,7 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"trust_region": "grpo", "cppo_ratio_min": 1.1}, "cppo_ratio_min must be in"),
         ({"trust_region": "minpro", "cppo_ratio_max": 0.28}, "cppo_ratio_max must be >= 1"),
         ({"cppo_ratio_max": 1.28}, "cppo_ratio_max must be left at None"),
+        ({"log_tokens_steps": -1}, "log_tokens_steps must be a number of updates"),
         ({"loss_type": "cispo"}, "loss_type must be one of"),
         ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type must be one of"),
         ({"epsilon": 0.1}, "epsilon=0.1 .*cppo_delta"),
@@ -157,3 +158,11 @@ def test_infinite_limits_and_fixed_budget_are_legal():
         assert "delta_b off" in off.schedule()["trust region"]
     assert "quantile" not in config.schedule()["trust region"]
     assert "fixed" in make(cppo_delta_b_quantile=None).schedule()["trust region"]
+
+
+def test_theorem_1_speaks_of_a_budget_in_total_variation():
+    assert make().theorem_unit == pytest.approx(0.15 * 0.8)
+    assert make(trust_region="cppo_soft", cppo_divergence="topk_tv", cppo_w_min=1.0).theorem_unit == 0.15
+    others = ({"trust_region": "dppo"}, {"cppo_divergence": "binary_kl"}, {"cppo_shuffle_weights": True})
+    for fields in (*others, {"cppo_delta": math.inf}, {"cppo_delta_b": math.inf}, {"trust_region": "grpo"}):
+        assert make(**fields).theorem_unit is None

@@ -16,8 +16,8 @@ def record_of(divergence, advantages, log_ratio, mask, rule="cppo", **parameters
     return loss_record(divergence, advantages, log_ratio, mask, verdict)
 
 
-def scalars(record, gather=lambda x: x):
-    return summarize(total_over_processes(record, gather))
+def scalars(record, gather=lambda x: x, theorem_unit=None):
+    return summarize(total_over_processes(record, gather), theorem_unit)
 
 
 def test_metrics_by_hand():
@@ -86,6 +86,20 @@ def test_effective_weight_of_rules_that_mask_nothing():
     assert "cppo/delta_b" not in cispo
 
 
+def test_theorem_1_by_hand():
+    # w = 1, .9, .8; delta .1, delta_b .05: the first row breaks the prefix constraint at m = 1 (.06 > .05) and 2
+    # (.096 > .095), where the last token, .08 of .1, is held to the threshold alone; the second breaks the threshold
+    # at t = 2 and so the prefix constraint (.11 > .095); the third keeps all of it
+    divergence = torch.tensor([[0.06, 0.04, 0.1], [0.0, 0.11 / 0.9, 0.0], [0.049, 0.049, 0.12], [9.0, 9.0, 9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 0]])
+    rows = (divergence, torch.ones(4, 1), torch.zeros(4, 3), mask)  # it is about D alone: nothing moves away here
+    metrics = scalars(record_of(*rows, delta=0.1, delta_b=0.05), theorem_unit=0.1 * 0.8)
+    assert metrics["cppo/theorem/prefixes"] == pytest.approx(6 / 9)
+    assert metrics["cppo/theorem/responses"] == pytest.approx(1 / 3)
+    assert metrics["cppo/theorem/bound_ratio"] == pytest.approx(0.05 / 0.08)
+    assert not any("theorem" in name for name in scalars(record_of(*rows)))
+
+
 def test_position_profile_by_hand():
     # 40 tokens, two in each twentieth; the first two are out by the threshold, the next four by the budget
     divergence = torch.zeros(2, 40)
@@ -101,3 +115,9 @@ def test_position_profile_by_hand():
     assert profile["masked_by_threshold"] == [2.0] + [0.0] * 19
     # S = 2.03 against 0.1 + 0.0125 W: never recovers
     assert profile["masked_by_budget"] == [0.0] + [2.0] * 19
+    weights = [1 - 0.2 * t / 39 for t in range(40)]
+    spent = [sum(w * d for w, d in zip(weights[:t], divergence[0].tolist(), strict=False)) for t in range(1, 41)]
+    average = [s / sum(weights[: t + 1]) for t, s in enumerate(spent)]
+    assert profile["prefix_average"] == pytest.approx([sum(average[t : t + 2]) for t in range(0, 40, 2)], rel=1e-5)
+    dppo = total_over_processes(record_of(divergence, advantages, up, mask, "dppo", delta=0.1), lambda x: x)
+    assert position_profile(dppo)["prefix_average"] == [0.0] * 20

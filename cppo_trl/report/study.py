@@ -151,7 +151,8 @@ def _band(axes: Any, x: Any, values: Any, label: str, color: str, style: str) ->
 
 
 def _draw_masks(axes: Any, method: str, runs: Lines, color: str, style: str) -> None:
-    profile = {name: np.sum([run["profile"][name] for run in runs], axis=0) for name in runs[0]["profile"]}
+    names = ("active", "masked_by_threshold", "masked_by_budget")
+    profile = {name: np.sum([run["profile"][name] for run in runs], axis=0) for name in names}
     active = np.maximum(profile["active"], 1)
     threshold, budget = profile["masked_by_threshold"] / active, profile["masked_by_budget"] / active
     if not (threshold + budget).any():

@@ -1,0 +1,120 @@
+"""Runs as the report sees them: read from the files in their ``output_dir``, and grouped by what tells them apart."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cppo_trl.run_files import PROFILES, RUN, TOKENS, read_lines
+
+_STATE = "trainer_state.json"
+_BOOKKEEPING = re.compile(
+    "(seed|data_seed|output_dir|run_name|project|report_to|disable_tqdm|num_completions_to_print|resume_from_checkpoint)$"
+    "|(log|logging|save|eval|per_device_eval|hub|push_to_hub|trackio)_"
+)
+"""Fields of the configuration in which runs of one group may differ."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run logged; each part may be empty."""
+
+    directory: Path
+    name: str
+    model: str
+    schedule: Mapping[str, str]
+    """the trust region, the loss and so on in words"""
+    config: Mapping[str, Any]
+    history: Sequence[Mapping[str, Any]]
+    """transformers' log history"""
+    profiles: Sequence[Mapping[str, Any]]
+    """the position profile of each update"""
+    tokens: Sequence[Mapping[str, Any]]
+    """the responses logged token by token"""
+
+    def series(self, key: str) -> dict[int, float]:
+        """Values of a logged scalar by update."""
+        return {row["step"]: row[key] for row in self.history if row.get(key) is not None}
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Updates between two rollouts, at least 1."""
+        steps = self.config.get("steps_per_generation", 1) * self.config.get("num_iterations", 1)
+        return max(1, steps // self.config.get("gradient_accumulation_steps", 1))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    runs: Sequence[Run]
+
+
+def read_runs(directories: Sequence[Path]) -> list[Run]:
+    """Read the runs, each named by the shortest end of its path that tells it apart.
+
+    Raises:
+        ValueError: for a directory without logs, or one named twice.
+    """
+    paths = [directory.resolve() for directory in directories]
+    if twice := {str(path) for path in paths if paths.count(path) > 1}:
+        raise ValueError(f"{', '.join(sorted(twice))}: named twice.")
+    runs = []
+    for directory, path in zip(directories, paths, strict=True):
+        ends = ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)]
+        others = [other for other in paths if other != path]
+        name = next(end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in others))
+        runs.append(_read_run(directory, name))
+    return runs
+
+
+def _read_run(directory: Path, name: str) -> Run:
+    states = [directory / _STATE, *sorted(directory.glob(f"checkpoint-*/{_STATE}"), key=_step, reverse=True)]
+    state = next((path for path in states if path.exists()), None)
+    profiles = read_lines(directory / PROFILES)
+    if state is None and not profiles:
+        raise ValueError(
+            f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run that has made an update."
+        )
+    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state else []
+    path = directory / RUN
+    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    model, schedule, config = about.get("model", ""), about.get("schedule", {}), about.get("config", {})
+    return Run(directory, name, model, schedule, config, history, profiles, read_lines(directory / TOKENS))
+
+
+def _step(state: Path) -> int:
+    return int(state.parent.name.rpartition("-")[2])
+
+
+def grouped(runs: Sequence[Run]) -> list[Group]:
+    """Group the runs that differ in nothing but their seed; a group is labelled by what tells it from the others."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        key = json.dumps(_setting(run), sort_keys=True) if run.config else run.name
+        groups.setdefault(key, []).append(run)
+    members = list(groups.values())
+    settings = [_setting(runs[0]) for runs in members]
+    differing = [name for name in settings[0] if len({json.dumps(s.get(name)) for s in settings}) > 1]
+    labels = [", ".join(_words(name, s[name]) for name in differing if s.get(name) is not None) for s in settings]
+    for i, runs_of_group in enumerate(members):
+        if not labels[i] or labels.count(labels[i]) > 1:
+            labels[i] = runs_of_group[0].name
+    return [Group(label, runs_of_group) for label, runs_of_group in zip(labels, members, strict=True)]
+
+
+def _setting(run: Run) -> dict[str, Any]:
+    """What a run was made with, seed and bookkeeping apart; a model's path may name the seed."""
+    method = {k: v for k, v in sorted(run.config.items(), key=_trust_region_first) if not _BOOKKEEPING.match(k)}
+    return {**method, "model": re.sub(rf"(seed\D?){run.config.get('seed')}\b", r"\1*", run.model)}
+
+
+def _trust_region_first(item: tuple[str, Any]) -> tuple[bool, str]:
+    return item[0] != "trust_region", item[0]
+
+
+def _words(field: str, value: Any) -> str:
+    return str(value) if field == "trust_region" else f"{field.removeprefix('cppo_')} {value}"
