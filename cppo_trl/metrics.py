@@ -32,6 +32,9 @@ _SUMS = (
     "listed",
     "topk_mass",
     "weight",
+    "unmoved",
+    "unmoved_divergence",
+    "unmoved_log_ratio",
 )
 _PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
 _PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget")
@@ -45,6 +48,7 @@ def loss_record(
     mask: Tensor,
     verdict: Verdict,
     topk_mass: Tensor | None = None,
+    weights_unmoved: bool = False,
 ) -> Tensor:
     """Sums and maxima of one loss call, without waiting for the device.
 
@@ -55,6 +59,7 @@ def loss_record(
         mask: ``(B, T)``, 1 on the responses' tokens.
         verdict: the rule's.
         topk_mass: ``(B, T)`` rollout probability of the tokens that a Top-K estimator lists, or None.
+        weights_unmoved: whether the policy still has the weights that the responses were sampled with.
 
     Returns:
         A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for
@@ -71,6 +76,7 @@ def loss_record(
     delta_b = verdict.delta_b
     budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
     listed = valid & (topk_mass is not None)
+    unmoved = valid & weights_unmoved
     sums = (
         valid,
         divergence,
@@ -87,6 +93,9 @@ def loss_record(
         listed,
         listed if topk_mass is None else topk_mass.where(listed, 0.0),
         verdict.weight.where(active, 0.0),
+        unmoved,
+        divergence.where(unmoved, 0.0),
+        log_ratio.abs().where(unmoved, 0.0),
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
     index = (octave * _BINS_PER_OCTAVE).long().clamp(max=_OCTAVES * _BINS_PER_OCTAVE - 1)
@@ -149,6 +158,8 @@ def summarize(total: list[float]) -> dict[str, float]:
         "topk_mass": (n["topk_mass"], n["listed"]),
         "divergence/mean": (n["divergence"], n["tokens"]),
         "ratio/mean": (n["ratio"], n["tokens"]),
+        "rollout_mismatch": (n["unmoved_divergence"], n["unmoved"]),
+        "rollout_mismatch_nats": (n["unmoved_log_ratio"], n["unmoved"]),
     }
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
     if n["tokens"] > 0:

@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
-from cppo_trl.host_checks import check_arguments, check_hooks, check_server
+from cppo_trl.host_checks import EngineCheck, check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
     append_profile,
@@ -96,13 +96,15 @@ class CPPOTrainer(GRPOTrainer):
         self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
         self._rule_calls = 0
-        self._rollout_step = -1  # the update at which the last rollout was made
+        self._rollout_step = -1  # updates made when the last rollout was
         self._rollout_pass_due = False
         self._rollout_tap: tuple[Tensor, HeadTap] | None = None  # log-probs of the rollout pass, and their Top-K
         self._loss_topk: tuple[Tensor, Tensor] | None = None  # log π and log μ of the listed tokens
         self._engine_topk = (
             EngineTopK(self.vllm_generation, args.cppo_topk) if args.uses_topk and args.use_vllm else None
         )
+        uses_engine = args.use_vllm and self.rollout_func is None  # a rollout_func may sample from older weights
+        self._engine_check = EngineCheck(args, self.accelerator.is_main_process) if uses_engine else None
         self.evaluation_table: str | None = None  # markdown for the model card
         self._record: Any = None  # metrics of the micro-batches since the last update
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
@@ -115,8 +117,8 @@ class CPPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training:  # inside an accumulation window the record already holds older responses
-            self._rollout_step = self.state.global_step if self._record is None else -1
+        if self.model.training:
+            self._rollout_step = self.state.global_step
         self._rollout_tap, self._rollout_pass_due = None, not self.args.always_on_policy
         output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output:
@@ -172,9 +174,8 @@ class CPPOTrainer(GRPOTrainer):
         if mode == "eval" or self.accelerator.sync_gradients:
             total = total_over_processes(self._record, self.accelerator.gather)
             scalars = summarize(total)
-            weights_unmoved = mode == "eval" or self.state.global_step == self._rollout_step
-            if weights_unmoved and "cppo/divergence/mean" in scalars:
-                scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]
+            if self._engine_check is not None:
+                self._engine_check(self.state.global_step, scalars)
             for name, value in scalars.items():
                 self._metrics[mode][name].append(value)
             if mode == "train" and self.is_world_process_zero():
@@ -233,7 +234,8 @@ class CPPOTrainer(GRPOTrainer):
         divergence, topk_mass = self._divergence(per_token_logps, sampling_per_token_logps)
         log_ratio = per_token_logps.float() - sampling_per_token_logps
         verdict = self.args.rule.judge(divergence, advantages, log_ratio, mask, **self._rule_parameters())
-        record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass)
+        unmoved = not self.model.training or self._rollout_step == self.state.global_step
+        record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass, unmoved)
         self._record = add_records(self._record, record)
         return verdict.weight
 
