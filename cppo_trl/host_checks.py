@@ -81,11 +81,12 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def check_server(info: dict[str, Any]) -> None:
-    """Refuse a vLLM server whose log-probs are not the rollout policy's.
+def check_server(info: dict[str, Any], topk: int) -> None:
+    """Refuse a vLLM server whose log-probs are not the rollout policy's, or too few.
 
     Args:
         info: what the server's ``/server_info`` says.
+        topk: how many of the likeliest tokens it must return, 0 for the sampled one alone.
 
     Raises:
         ValueError: with the option to restart it with.
@@ -95,6 +96,12 @@ def check_server(info: dict[str, Any]) -> None:
         raise ValueError(
             f"The vLLM server runs with --logprobs-mode {mode}: its log-probs are not those of the distribution "
             "that it samples from. Restart it with --logprobs-mode processed_logprobs."
+        )
+    most = info["model_config"]["max_logprobs"]
+    if most != -1 and most < topk:
+        raise ValueError(
+            f"The vLLM server returns at most {most} log-probs a token and cppo_topk={topk}. Restart it with "
+            f"--max-logprobs {topk}, or lower cppo_topk."
         )
 
 

@@ -108,7 +108,7 @@ class CPPOTrainer(GRPOTrainer):
         self.evaluation_table: str | None = None  # markdown for the model card
         self._record: Any = None  # metrics of the micro-batches since the last update
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
-            check_server(self.vllm_generation.vllm_client.get_server_info())
+            check_server(self.vllm_generation.vllm_client.get_server_info(), args.cppo_topk if args.uses_topk else 0)
         if self.accelerator.is_main_process:
             rows = args.schedule()
             width = max(map(len, rows))
