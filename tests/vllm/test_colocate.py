@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+import vllm._custom_ops
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import CPPOTrainer
@@ -198,8 +199,6 @@ def skip_head(engine):
 
 
 def reload_from_disk(engine):
-    """vLLM 0.30 then leaves an LM head that is the embedding as it was."""
-
     def sync_weights():
         directory = engine.model.name_or_path
         engine.model.save_pretrained(directory)
@@ -209,10 +208,12 @@ def reload_from_disk(engine):
     engine.sync_weights = sync_weights
 
 
-@pytest.mark.parametrize(("sync", "tied"), [(skip_head, False), (reload_from_disk, True)])
-def test_a_stale_head_stops_the_run(colocate, sync, tied):
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_stale_head_stops_the_run(colocate, monkeypatch, tied):
+    """Left out of the sync; or tied, packed by oneDNN, and then left as it was by vLLM 0.30's own reload_weights."""
+    monkeypatch.setattr(vllm._custom_ops, "_supports_onednn", tied)
     trainer = colocate(CPPOTrainer, tied=tied, learning_rate=3e-2, max_steps=20)
-    sync(trainer.vllm_generation)
+    (reload_from_disk if tied else skip_head)(trainer.vllm_generation)
     with pytest.raises(RuntimeError, match="leaves some stale") as stopped:
         trainer.train()
     print(stopped.value)
