@@ -375,8 +375,11 @@ def test_other_configs_are_refused_with_the_mend(make_trainer):
 
 def test_server_with_raw_logprobs_is_refused():
     with pytest.raises(ValueError, match="processed_logprobs"):
-        check_server({"model_config": {"logprobs_mode": "raw_logprobs"}})
-    check_server({"model_config": {"logprobs_mode": "processed_logprobs"}})
+        check_server({"model_config": {"logprobs_mode": "raw_logprobs", "max_logprobs": 20}}, topk=0)
+    for most, topk in ((20, 20), (-1, 50)):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": most}}, topk=topk)
+    with pytest.raises(ValueError, match="--max-logprobs 21"):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 20}}, topk=21)
 
 
 def test_default_config_is_a_cppo_config(monkeypatch):

@@ -35,6 +35,3 @@ def test_what_the_server_says_of_itself_is_checked(with_server):
     check_server(info, topk=20)
     with pytest.raises(ValueError, match="--max-logprobs 21"):
         check_server(info, topk=21)
-    info["model_config"]["logprobs_mode"] = "raw_logprobs"
-    with pytest.raises(ValueError, match="--logprobs-mode processed_logprobs"):
-        check_server(info, topk=0)
