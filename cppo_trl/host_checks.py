@@ -1,6 +1,8 @@
-"""What the seam relies on in TRL and vLLM, checked before training so that a change is loud."""
+"""What the seam relies on in TRL and vLLM, checked before training and after each weight sync: a change is loud."""
 
 import inspect
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +10,12 @@ from transformers import AutoConfig
 from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
+
+MAX_MISMATCH_NATS = 0.1
+"""Largest mean |log π - log μ| of unmoved weights that is put down to rounding (docs/vllm.md says why)."""
+
+NOTICEABLE_SHARE = 0.1
+"""Share of the budget from which `EngineCheck` warns that noise eats it."""
 
 _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
     "_compute_loss": ["self", "model", "inputs"],
@@ -73,11 +81,12 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def check_server(info: dict[str, Any]) -> None:
-    """Refuse a vLLM server whose log-probs are not the rollout policy's.
+def check_server(info: dict[str, Any], topk: int) -> None:
+    """Refuse a vLLM server whose log-probs are not the rollout policy's, or too few.
 
     Args:
         info: what the server's ``/server_info`` says.
+        topk: how many of the likeliest tokens it must return, 0 for the sampled one alone.
 
     Raises:
         ValueError: with the option to restart it with.
@@ -88,3 +97,57 @@ def check_server(info: dict[str, Any]) -> None:
             f"The vLLM server runs with --logprobs-mode {mode}: its log-probs are not those of the distribution "
             "that it samples from. Restart it with --logprobs-mode processed_logprobs."
         )
+    most = info["model_config"]["max_logprobs"]
+    if most != -1 and most < topk:
+        raise ValueError(
+            f"The vLLM server returns at most {most} log-probs a token and cppo_topk={topk}. Restart it with "
+            f"--max-logprobs {topk}, or lower cppo_topk."
+        )
+
+
+class EngineCheck:
+    """Compares vLLM with the trainer after each weight sync: the tokens of a rollout, before the weights have moved.
+
+    Both computed them with the same weights, or should have, so what they differ by is noise. More than rounding can
+    make is an engine with other weights, which nothing else would show.
+
+    Args:
+        config: the trainer's.
+        warns: whether this process is the one that warns.
+    """
+
+    def __init__(self, config: CPPOConfig, warns: bool) -> None:
+        budgets = ((name, getattr(config, name)) for name in ("cppo_delta_b", "cppo_delta"))
+        self._budget = next(((n, value) for n, value in budgets if value is not None and math.isfinite(value)), None)
+        self._warns = warns
+
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        """Check the metrics of a loss; those of an update whose rollouts are all older have nothing to check.
+
+        Args:
+            step: updates made so far.
+            metrics: as from `cppo_trl.metrics.summarize`, the same on all processes.
+
+        Raises:
+            RuntimeError: if the difference cannot be rounding.
+        """
+        nats, divergence = (metrics.get(f"cppo/rollout_mismatch{unit}", 0.0) for unit in ("_nats", ""))
+        if nats > MAX_MISMATCH_NATS:
+            raise RuntimeError(
+                f"After {step} updates, right after a weight sync, vLLM's log-probs differ from the trainer's by "
+                f"{nats:.2g} nats a token on average; rounding stays below {MAX_MISMATCH_NATS:g}. vLLM does not "
+                "sample from the trained weights: the sync leaves some stale (often an LM head that is the embedding, "
+                "or a model that this vLLM cannot load anew), or the server holds another model. Restart the server "
+                "with the trained model, or install a vLLM whose load_weights fits it (docs/vllm.md, stale weights)."
+            )
+        if self._warns and self._budget is not None and divergence > NOTICEABLE_SHARE * self._budget[1]:
+            self._warns = False
+            name, value = self._budget
+            warnings.warn(
+                f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates, {divergence / value:.0%} of "
+                f"{name}={value:g}: what vLLM and the trainer round differently eats that part of it before any "
+                "update. Set cast_lm_head_to_fp32=True (the head's part), run both in float32 (nearly all; a "
+                f"server's --dtype), or raise {name}. If it grows from rollout to rollout, vLLM's weights are stale. "
+                "Said once.",
+                stacklevel=2,
+            )

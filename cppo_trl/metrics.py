@@ -34,6 +34,9 @@ _SUMS = (
     "weight",
     "theorem_prefixes",
     "theorem_responses",
+    "unmoved",
+    "unmoved_divergence",
+    "unmoved_log_ratio",
 )
 _PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
 _PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget", "prefix_average")
@@ -69,6 +72,7 @@ def loss_record(
     mask: Tensor,
     verdict: Verdict,
     topk_mass: Tensor | None = None,
+    weights_unmoved: bool = False,
 ) -> Tensor:
     """Sums and maxima of one loss call, without waiting for the device.
 
@@ -79,6 +83,7 @@ def loss_record(
         mask: ``(B, T)``, 1 on the responses' tokens.
         verdict: the rule's.
         topk_mass: ``(B, T)`` rollout probability of the tokens that a Top-K estimator lists, or None.
+        weights_unmoved: whether the policy still has the weights that the responses were sampled with.
 
     Returns:
         A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for
@@ -94,6 +99,7 @@ def loss_record(
     delta_b = verdict.delta_b
     budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
     listed = valid & (topk_mass is not None)
+    unmoved = valid & weights_unmoved
     sums = (
         valid,
         divergence,
@@ -113,6 +119,9 @@ def loss_record(
         verdict.weight.where(active, 0.0),
         held & valid,
         (held | ~valid).all(-1, keepdim=True) & budgeted,
+        unmoved,
+        divergence.where(unmoved, 0.0),
+        log_ratio.abs().where(unmoved, 0.0),
     )
     octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
     index = (octave * _BINS_PER_OCTAVE).long().clamp(0, _OCTAVES * _BINS_PER_OCTAVE - 1)
@@ -195,6 +204,8 @@ def summarize(total: list[float], theorem_unit: float | None = None) -> dict[str
         "topk_mass": (n["topk_mass"], n["listed"]),
         "divergence/mean": (n["divergence"], n["tokens"]),
         "ratio/mean": (n["ratio"], n["tokens"]),
+        "rollout_mismatch": (n["unmoved_divergence"], n["unmoved"]),
+        "rollout_mismatch_nats": (n["unmoved_log_ratio"], n["unmoved"]),
     }
     if theorem_unit is not None:
         fractions["theorem/prefixes"] = (n["theorem_prefixes"], n["tokens"])

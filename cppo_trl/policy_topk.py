@@ -13,6 +13,7 @@ temperature by the same numbers, which TRL hands to the kernel.
 """
 
 import inspect
+import math
 from types import TracebackType
 from typing import Any
 
@@ -184,12 +185,11 @@ class EngineTopK:
         sampled = []
         for tokens, token_ids, token_logps in zip(completions, ids, logps, strict=True):
             shape = (len(tokens), self._width)
-            row_ids, row_logps = torch.zeros(shape, dtype=torch.int32), torch.full(shape, -torch.inf)
-            for t, (some_ids, some_logps) in enumerate(zip(token_ids, token_logps, strict=True)):
-                row_ids[t, : len(some_ids)] = torch.tensor(some_ids)
-                row_logps[t, : len(some_ids)] = torch.tensor([torch.nan if x is None else x for x in some_logps])
-            self._ids.append(row_ids)
-            self._logps.append(row_logps)
+            padded_ids = [row + [0] * (self._width - len(row)) for row in token_ids]
+            padded_logps = [row + [-math.inf] * (self._width - len(row)) for row in token_logps]
+            known = [[math.nan if p is None else p for p in row] if None in row else row for row in padded_logps]
+            self._ids.append(torch.tensor(padded_ids, dtype=torch.int32).view(shape))
+            self._logps.append(torch.tensor(known, dtype=torch.float32).view(shape))
             sampled.append([[p[i.index(y)]] for y, i, p in zip(tokens, token_ids, token_logps, strict=True)])
         return prompts, completions, sampled, ids
 

@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 from cppo_trl.checkpoints import saving
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
-from cppo_trl.host_checks import check_arguments, check_hooks, check_server
+from cppo_trl.host_checks import EngineCheck, check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
     count_nonfinite_loss,
@@ -110,20 +110,22 @@ class CPPOTrainer(GRPOTrainer):
         self._loss_inputs: dict[str, Any] | None = None  # the batch of the loss being computed
         self._window: list[tuple[Tensor, dict[str, Any]]] = []  # loss and batch, each micro-batch of this update
         self._rule_calls = 0
-        self._rollout_step = -1  # the update at which the last rollout was made
+        self._rollout_step = -1  # updates made when the last rollout was
         self._rollout_pass_due = False
         self._rollout_tap: tuple[Tensor, HeadTap] | None = None  # log-probs of the rollout pass, and their Top-K
         self._loss_topk: tuple[Tensor, Tensor] | None = None  # log π and log μ of the listed tokens
         self._engine_topk = (
             EngineTopK(self.vllm_generation, args.cppo_topk) if args.uses_topk and args.use_vllm else None
         )
+        uses_engine = args.use_vllm and self.rollout_func is None  # a rollout_func may sample from older weights
+        self._engine_check = EngineCheck(args, self.accelerator.is_main_process) if uses_engine else None
         self.evaluation_table: str | None = None  # for the model card: markdown,
         self.dataset_names: list[str] = []  # Hub names or local paths,
         self.command: str | None = None  # and what was run
         self._record: Any = None  # metrics of the micro-batches since the last update
         self.add_callback(_WriteRun)
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
-            check_server(self.vllm_generation.vllm_client.get_server_info())
+            check_server(self.vllm_generation.vllm_client.get_server_info(), args.cppo_topk if args.uses_topk else 0)
         if self.accelerator.is_main_process:
             rows = args.schedule()
             width = max(map(len, rows))
@@ -132,8 +134,8 @@ class CPPOTrainer(GRPOTrainer):
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training:  # inside an accumulation window the record already holds older responses
-            self._rollout_step = self.state.global_step if self._record is None else -1
+        if self.model.training:
+            self._rollout_step = self.state.global_step
         self._rollout_tap, self._rollout_pass_due = None, not self.args.always_on_policy
         output = super()._generate_and_score_completions(inputs)
         if "sampling_per_token_logps" in output:
@@ -192,9 +194,8 @@ class CPPOTrainer(GRPOTrainer):
         if mode == "eval" or self.accelerator.sync_gradients:
             total = total_over_processes(self._record, self.accelerator.gather)
             scalars = summarize(total, self.args.theorem_unit)
-            weights_unmoved = mode == "eval" or self.state.global_step == self._rollout_step
-            if weights_unmoved and "cppo/divergence/mean" in scalars:
-                scalars["cppo/rollout_mismatch"] = scalars["cppo/divergence/mean"]
+            if self._engine_check is not None:
+                self._engine_check(self.state.global_step, scalars)
             for name, value in scalars.items():
                 self._metrics[mode][name].append(value)
             if mode == "train" and self.is_world_process_zero():
@@ -259,7 +260,8 @@ class CPPOTrainer(GRPOTrainer):
         self._loss_inputs["divergence"] = divergence
         log_ratio = per_token_logps.float() - sampling_per_token_logps
         verdict = self.args.rule.judge(divergence, advantages, log_ratio, mask, **self._rule_parameters())
-        record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass)
+        unmoved = not self.model.training or self._rollout_step == self.state.global_step
+        record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass, unmoved)
         self._record = add_records(self._record, record)
         if self._tokens_due():
             assert self._loss_inputs is not None  # inside a loss

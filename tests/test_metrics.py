@@ -8,12 +8,12 @@ from cppo_trl.rules import RULES
 from tests.test_trust_region import random_rows
 
 
-def record_of(divergence, advantages, log_ratio, mask, rule="cppo", **parameters):
+def record_of(divergence, advantages, log_ratio, mask, rule="cppo", unmoved=False, **parameters):
     if rule.startswith("cppo"):
         fixed = {"delta_b": 0.01, "delta_b_quantile": None, "delta_b_max_multiple": 2.0, "order": None}
         parameters = {"delta": 0.05, "w_min": 0.8, **fixed, **parameters}
     verdict = RULES[rule].judge(divergence, advantages, log_ratio, mask, **parameters)
-    return loss_record(divergence, advantages, log_ratio, mask, verdict)
+    return loss_record(divergence, advantages, log_ratio, mask, verdict, weights_unmoved=unmoved)
 
 
 def scalars(record, gather=lambda x: x, theorem_unit=None):
@@ -51,6 +51,17 @@ def test_divergences_that_are_not_finite_are_recorded_not_raised():
     advantages, mask = torch.ones(1, 1), torch.ones(1, 4).long()
     metrics = scalars(record_of(divergence, advantages, torch.zeros(1, 4), mask))
     assert math.isnan(metrics["cppo/divergence/mean"])
+
+
+def test_the_mismatch_is_over_the_tokens_of_unmoved_weights():
+    divergence, log_ratio = torch.tensor([[0.1, 0.3, 9.0]]), torch.tensor([[-0.2, 0.4, torch.nan]])
+    mask, advantages = torch.tensor([[1, 1, 0]]), torch.ones(1, 1)
+    old = record_of(5 * divergence, advantages, log_ratio, mask)
+    assert not any("mismatch" in name for name in scalars(old))
+    metrics = scalars(add_records(old, record_of(divergence, advantages, log_ratio, mask, unmoved=True)))
+    assert metrics["cppo/rollout_mismatch"] == pytest.approx(0.2)
+    assert metrics["cppo/rollout_mismatch_nats"] == pytest.approx(0.3)
+    assert metrics["cppo/divergence/mean"] == pytest.approx(0.6)
 
 
 def test_p90_is_that_of_all_tokens_to_one_percent():

@@ -353,6 +353,12 @@ def test_engine_topk_is_the_union_with_the_sampled_token():
             with_rank_above_k += len(expected) == 4
         assert (logps[b, len(tokens) :] == -torch.inf).all()
     assert with_rank_above_k > 0
+    engine.generate = lambda: (prompts, [[5], []], [[[-1.0, None]], []], [[[5, 6]], []])  # a NaN, an empty response
+    recorder = policy_topk.EngineTopK(engine, 3)
+    engine.generate()
+    _, logps = recorder.take(torch.tensor([[5], [0]]))
+    assert logps[0, 0, 1].isnan()
+    assert logps.flatten()[[0, 2, 3, 4]].tolist() == [-1.0, -math.inf, -math.inf, -math.inf]
     with pytest.raises(RuntimeError, match="0 of 3 responses"):
         recorder.take(completion_ids)
 

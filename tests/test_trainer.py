@@ -281,7 +281,7 @@ def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
     trainer.train()
     logged = {h["step"]: h.get("cppo/rollout_mismatch") for h in trainer.state.log_history if "loss" in h}
     assert logged == {1: 0.0, 2: None, 3: None, 4: 0.0, 5: None, 6: None}
-    # a window that spans two rollouts: only the first of three updates is on the rollout policy throughout
+    # two updates of two micro-batches in three: the second begins on the old rollout and ends on a new one
     spanning = make_trainer(
         steps_per_generation=3,
         gradient_accumulation_steps=2,
@@ -291,7 +291,7 @@ def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
     )
     spanning.train()
     logged = {h["step"]: h.get("cppo/rollout_mismatch") for h in spanning.state.log_history if "loss" in h}
-    assert logged == {1: 0.0, 2: None, 3: None, 4: 0.0, 5: None, 6: None}
+    assert logged == {1: 0.0, 2: 0.0, 3: None, 4: 0.0, 5: 0.0, 6: None}
     evaluations = [h for h in trainer.state.log_history if "eval_loss" in h]
     assert all(h["eval_cppo/rollout_mismatch"] == 0.0 for h in evaluations)
 
@@ -375,8 +375,11 @@ def test_other_configs_are_refused_with_the_mend(make_trainer):
 
 def test_server_with_raw_logprobs_is_refused():
     with pytest.raises(ValueError, match="processed_logprobs"):
-        check_server({"model_config": {"logprobs_mode": "raw_logprobs"}})
-    check_server({"model_config": {"logprobs_mode": "processed_logprobs"}})
+        check_server({"model_config": {"logprobs_mode": "raw_logprobs", "max_logprobs": 20}}, topk=0)
+    for most, topk in ((20, 20), (-1, 50)):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": most}}, topk=topk)
+    with pytest.raises(ValueError, match="--max-logprobs 21"):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 20}}, topk=21)
 
 
 def test_default_config_is_a_cppo_config(monkeypatch):

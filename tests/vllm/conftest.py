@@ -1,4 +1,4 @@
-"""A colocated vLLM on the CPU; `make test-vllm` sets its environment up.
+"""vLLM on the CPU, colocated and as a server; `make test-vllm` sets its environment up.
 
 vLLM must compute in fp32 as the trainer does, or the comparison would measure bf16. On a CPU it also packs weights
 for oneDNN when it loads them, after which no new weights can be loaded: that is switched off.
@@ -6,8 +6,16 @@ for oneDNN when it loads them, after which no new weights can be loaded: that is
 
 import copy
 import os
+import signal
+import socket
 import string
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,39 +57,93 @@ def save_model(directory, tied):
     tokenizer().save_pretrained(directory)
 
 
+def make_trainer(directory, cls, tied=False, peft=None, config_cls=CPPOConfig, **fields):
+    """A trainer of class ``cls`` whose rollouts vLLM makes; keyword arguments go to its config."""
+    save_model(directory / "model", tied)
+    defaults = {
+        "output_dir": str(directory / "output"),
+        "use_vllm": True,
+        "vllm_max_model_length": 64,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 12,
+        "learning_rate": 1e-2,
+        "max_steps": 6,
+        **SMALL_RUN,
+    }
+    return cls(
+        str(directory / "model"),
+        digit_reward,
+        config_cls(**{**defaults, **fields}),
+        train_dataset=tiny_data(),
+        processing_class=tokenizer(),
+        peft_config=copy.deepcopy(peft),
+    )
+
+
 @pytest.fixture
 def colocate(tmp_path, monkeypatch):
-    """A trainer (of class ``cls``) with a colocated engine; keyword arguments go to its config."""
+    """Makes trainers with a colocated engine, as `make_trainer`."""
     import trl.generation.vllm_generation as host
     import vllm
     import vllm._custom_ops
 
     monkeypatch.setattr(vllm._custom_ops, "_supports_onednn", False)
     monkeypatch.setattr(host, "LLM", partial(vllm.LLM, dtype="float32", enforce_eager=True))
-
-    def make(cls, tied=False, peft=None, **fields):
-        save_model(tmp_path / "model", tied)
-        defaults = {
-            "output_dir": str(tmp_path / "output"),
-            "use_vllm": True,
-            "vllm_mode": "colocate",
-            "vllm_max_model_length": 64,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 12,
-            "learning_rate": 1e-2,
-            "max_steps": 6,
-            **SMALL_RUN,
-        }
-        return cls(
-            str(tmp_path / "model"),
-            digit_reward,
-            CPPOConfig(**{**defaults, **fields}),
-            train_dataset=tiny_data(),
-            processing_class=tokenizer(),
-            peft_config=copy.deepcopy(peft),
-        )
-
-    yield make
+    yield partial(make_trainer, tmp_path, vllm_mode="colocate")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: the next trainer would think it was launched
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a vLLM server with the model of `save_model`; it starts in about a minute."""
+    directory = tmp_path_factory.mktemp("server")
+    save_model(directory / "model", tied=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model", str(directory / "model"), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
+    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "20"]
+    command += ["--worker-extension-cls", "tests.vllm.server_worker.WeightsFromFile"]
+    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    log = directory / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
+    try:
+        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
+        while not answers(f"{address}/health"):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"vLLM's server did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(1)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)  # its engine is a process of its own
+        process.wait(60)
+
+
+def answers(address):
+    try:
+        return urllib.request.urlopen(address, timeout=5).status == 200
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
+
+
+@pytest.fixture
+def with_server(tmp_path, monkeypatch, server):
+    """Makes trainers that use the server, as `make_trainer`. Weights travel by file: TRL's way for them needs CUDA."""
+    import requests
+    from safetensors.torch import save_file
+    from trl.generation.vllm_client import VLLMClient
+
+    def update_named_params(client, metadata, named_params):
+        weights = {name: param.detach().clone() for name, param in named_params}
+        assert [name for name, *_ in metadata] == list(weights)
+        save_file(weights, tmp_path / "weights.safetensors")
+        call = {"method": "load_from_file", "args": [str(tmp_path / "weights.safetensors")]}
+        requests.post(f"{client.base_url}/collective_rpc", json=call, timeout=60).raise_for_status()
+
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda client, device: None)
+    monkeypatch.setattr(VLLMClient, "update_named_params", update_named_params)
+    return partial(make_trainer, tmp_path, vllm_mode="server", vllm_server_base_url=server)
