@@ -15,7 +15,7 @@ def test_wheel_installs_and_imports(tmp_path):
     assert built.returncode == 0, built.stdout + built.stderr
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "cppo_trl/py.typed" in names
+    assert {"cppo_trl/py.typed", "cppo_trl/report/page.html"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("cppo_trl/", "cppo_trl-")) for name in names)
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
