@@ -147,6 +147,7 @@ class EngineCheck:
                 f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates, {divergence / value:.0%} of "
                 f"{name}={value:g}: what vLLM and the trainer round differently eats that part of it before any "
                 "update. Set cast_lm_head_to_fp32=True (the head's part), run both in float32 (nearly all; a "
-                f"server's --dtype), or raise {name}. If it grows from rollout to rollout, vLLM's weights are stale. Said once.",
+                f"server's --dtype), or raise {name}. If it grows from rollout to rollout, vLLM's weights are stale. "
+                "Said once.",
                 stacklevel=2,
             )
