@@ -4,7 +4,8 @@
 
 One update a rollout (aligned steps), the same model, data and batch. TRL's default scores each rollout once more with
 the trained model, to correct for the engine; CPPO takes the engine's log-probs for the rollout policy's and does not.
-Each side has a colocated engine of its own. `make test-vllm` sets the environment up.
+Each side has a colocated engine of its own. Time is CPU time of the process, on one thread, so other work on the
+machine hardly counts. `make test-vllm` sets the environment up.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -37,7 +39,7 @@ PARTS = ("whole", "rollout", "second pass")
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each update, of vLLM's part in it (with the weight sync), and of passes without a gradient."""
+    """CPU seconds of each update, of vLLM's part in it (with the weight sync), and of passes without a gradient."""
 
     def __init__(self, trainer: GRPOTrainer) -> None:
         self.rows: list[dict[str, float]] = []
@@ -46,21 +48,21 @@ class Stopwatch(TrainerCallback):
         trainer.add_callback(self)
 
     def _timed(self, method: Any, part: str, *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
+        start = time.process_time()
         result = method(*args, **kwargs)
         if part == "rollout" or not torch.is_grad_enabled():
-            self.rows[-1][part] += time.perf_counter() - start
+            self.rows[-1][part] += time.process_time() - start
         return result
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.rows.append(dict.fromkeys(PARTS, 0.0))
-        self._start = time.perf_counter()
+        self._start = time.process_time()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.rows[-1]["whole"] = time.perf_counter() - self._start
+        self.rows[-1]["whole"] = time.process_time() - self._start
 
     def take(self) -> dict[str, float]:
-        """Mean seconds of the updates since the last call, without the first."""
+        """Mean CPU seconds of the updates since the last call, without the first."""
         rows, self.rows = self.rows[1:], []
         return {part: statistics.fmean(row[part] for row in rows) for part in PARTS}
 
@@ -136,7 +138,7 @@ def main() -> None:
                 seconds[name].append(watches[name].take())
     baseline = [row["whole"] for row in next(iter(seconds.values()))]
     report = {}
-    print("| | seconds | rollout | second pass | time / TRL's default (range) |\n|---|---|---|---|---|")
+    print("| | CPU seconds | rollout | second pass | time / TRL's default (range) |\n|---|---|---|---|---|")
     for name, rows in seconds.items():
         ratios = [row["whole"] / base for row, base in zip(rows, baseline, strict=True)]
         median = {part: statistics.median(row[part] for row in rows) for part in PARTS}
