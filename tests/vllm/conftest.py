@@ -89,7 +89,9 @@ def colocate(tmp_path, monkeypatch):
     import vllm._custom_ops
 
     monkeypatch.setattr(vllm._custom_ops, "_supports_onednn", False)
-    monkeypatch.setattr(host, "LLM", partial(vllm.LLM, dtype="float32", enforce_eager=True))
+    # few blocks: an engine in this process keeps its cache, and dozens of a gigabyte each would fill the machine
+    engine = partial(vllm.LLM, dtype="float32", enforce_eager=True, num_gpu_blocks_override=256)
+    monkeypatch.setattr(host, "LLM", engine)
     yield partial(make_trainer, tmp_path, vllm_mode="colocate")
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # TRL sets them: the next trainer would think it was launched
         os.environ.pop(name, None)
