@@ -94,7 +94,7 @@ class Rule:
                 if parameters["delta_b"] < math.inf:
                     budget = prefix_budget(divergence, mask, parameters["delta_b"], quantile, multiple)
                     parameters["delta_b"] = budget
-                prefix = prefix_sums(divergence, mask, **parameters)
+                prefix = parameters["prefix"] = prefix_sums(divergence, mask, **parameters)
                 within_threshold = None if budget is None else prefix.weighted <= parameters["delta"]
         weight = self.weigh(divergence, advantages, log_ratio, mask, **parameters).float()
         if ratio_cap is not None:

@@ -264,7 +264,6 @@ class CPPOTrainer(GRPOTrainer):
         record = loss_record(divergence, advantages, log_ratio, mask, verdict, topk_mass, unmoved)
         self._record = add_records(self._record, record)
         if self._tokens_due():
-            assert self._loss_inputs is not None  # inside a loss
             rows = (divergence, advantages, log_ratio, mask, verdict)
             table = token_table(self._loss_inputs, *rows, self.args.cppo_delta)
             records = token_records(table, self._tokenizer.batch_decode)

@@ -161,6 +161,7 @@ def cppo_mask(
     w_min: float,
     delta_b: float | Tensor,
     order: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """The CPPO mask, Eq. (8) to (10): M_t = 1[Â_t (ρ_t - 1) <= 0 or I_t].
 
@@ -176,11 +177,12 @@ def cppo_mask(
         w_min: weight of the last token, in (0, 1]; 1 switches the position weight off.
         delta_b: budget δ_b, a float or ``(B, 1)`` as from `prefix_budget`; inf switches the budget off.
         order: as in `position_weights`.
+        prefix: as from `prefix_sums` with these limits, where it is at hand.
 
     Returns:
         ``(B, T)`` bool, True = kept; False outside the mask.
     """
-    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
     inside = (prefix.weighted <= delta) & (prefix.spent <= prefix.limit)
     return mask.bool() & (inside | ~moves_away(advantages, log_ratio))
 
@@ -196,13 +198,14 @@ def cppo_soft_weight(
     w_min: float,
     delta_b: float | Tensor,
     order: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> Tensor:
     """The soft gate, Eq. (19) and (20): 1 toward the rollout policy, else min(1, 1/x_t).
 
     x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 exactly where `cppo_mask` keeps the token.
     Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
     """
-    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
     excess = torch.maximum(prefix.weighted / delta, prefix.spent / prefix.limit)  # x_t
     gate = excess.clamp(min=1.0).reciprocal()
     return gate.masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
