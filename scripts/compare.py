@@ -101,7 +101,8 @@ def main() -> None:
     study = Study.load(arguments.config)
     arguments.output.mkdir(parents=True, exist_ok=True)
     lines = arguments.output / f"{study.name}.jsonl"
-    runs = [run for run in study.runs if run.key not in finished(lines, study)]
+    done = finished(lines, study)
+    runs = [run for run in study.runs if run.key not in done]
     print(f"{study.name}: {len(study.runs)} runs, {len(study.runs) - len(runs)} of them finished")
     failed = []
     if runs and not arguments.report:
