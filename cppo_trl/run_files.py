@@ -7,7 +7,8 @@ from that step on no longer counts.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,17 @@ def _append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file that count, by step; one that an interruption cut short is left out."""
-    rows: list[dict[str, Any]] = []
+def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a file, none where there is no file; one that an interruption cut short is left out."""
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            continue
+        with suppress(json.JSONDecodeError):
+            yield json.loads(text)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that count, by step."""
+    rows: list[dict[str, Any]] = []
+    for row in whole_lines(path):
         if rows and _place(row) <= _place(rows[-1]):
             rows = [earlier for earlier in rows if earlier["step"] < row["step"]]
         rows.append(row)

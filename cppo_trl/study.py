@@ -26,7 +26,9 @@ from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 from cppo_trl.config import CPPOConfig
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import evaluate
+from cppo_trl.evaluation.generation import completion_of
 from cppo_trl.rewards import accuracy_reward
+from cppo_trl.run_files import PROFILES, read_lines, whole_lines
 from cppo_trl.trainer import CPPOTrainer
 
 SERIES = {
@@ -145,10 +147,9 @@ def prepare(task: Task, directory: Path) -> Path:
     name = "-".join(str(value) for value in asdict(task).values())
     model = directory / f"warm-start-{name}"
     if not (model / "config.json").exists():
-        unfinished = model.with_suffix(".tmp")
         _, held_out = _problems(task)
         arithmetic.warm_start(
-            unfinished,
+            model,
             terms=task.terms,
             error_rate=task.error_rate,
             seed=task.seed,
@@ -156,7 +157,6 @@ def prepare(task: Task, directory: Path) -> Path:
             steps=task.warm_start_steps,
             hidden=task.hidden,
         )
-        unfinished.rename(model)
     return model
 
 
@@ -166,8 +166,7 @@ def digest(warm_start: Path) -> str:
 
 
 def _problems(task: Task) -> tuple[Any, Any]:
-    test = arithmetic.problems(task.test_problems, task.terms, task.seed)
-    return arithmetic.problems(task.train_problems, task.terms, task.seed + 1, set(test["prompt"])), test
+    return arithmetic.splits(task.train_problems, task.test_problems, task.terms, task.seed)
 
 
 class _Evaluation(TrainerCallback):
@@ -219,7 +218,7 @@ class LaggedRollouts:
             max_new_tokens=args.max_completion_length,
             pad_token_id=pad,
         )
-        answers = [row[: (row == eos).nonzero()[0, 0] + 1] if eos in row else row for row in output[:, width:]]
+        answers = [torch.tensor(completion_of(row, eos).tokens) for row in output[:, width:].tolist()]
         completion = pad_sequence(answers, batch_first=True, padding_value=pad)
         answered = pad_sequence([torch.ones_like(row) for row in answers], batch_first=True)
         attention = torch.cat([inputs["attention_mask"], answered], 1)
@@ -270,7 +269,7 @@ def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], N
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-        profiles = [json.loads(line) for line in (Path(directory) / "trust_region.jsonl").read_text().splitlines()]
+        profiles = read_lines(Path(directory) / PROFILES)
     rows = [row for row in trainer.state.log_history if "reward" in row]
     return {
         **asdict(run),
@@ -303,13 +302,7 @@ def finished(path: Path, study: Study, warm_start: str | None = None) -> dict[tu
     Raises:
         ValueError: if a run was made with other fields, on another task, or from another warm start.
     """
-    lines = {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        lines[line["setting"], line["method"], line["seed"]] = line
+    lines = {(line["setting"], line["method"], line["seed"]): line for line in whole_lines(path)}
     for run in study.runs:
         line = lines.get(run.key)
         expected = json.loads(json.dumps({**asdict(run), "task": asdict(study.task)}))

@@ -25,7 +25,7 @@ from cppo_trl.checkpoints import ExactResume, TrainingFinished, checkpoint_to_re
 from cppo_trl.config import CPPOConfig
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
 from cppo_trl.hub import ReportFailedPushes, require_repository
-from cppo_trl.model_card import command_line
+from cppo_trl.model_card import CURVES, command_line
 from cppo_trl.trainer import CPPOTrainer
 
 
@@ -163,7 +163,7 @@ def _draw_curves(trainer: CPPOTrainer) -> None:
         from cppo_trl.report.figures import plot_curves  # noqa: PLC0415 (needs matplotlib, which is optional)
     except ImportError:
         return
-    path = Path(trainer.args.output_dir, "curves.png")
+    path = Path(trainer.args.output_dir, CURVES)
     plot_curves(trainer.state.log_history, path, title=path.absolute().parent.name)
 
 

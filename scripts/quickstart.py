@@ -62,25 +62,22 @@ def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path, datasets.D
     if task != TaskArguments(task.task_dir):
         directory = directory.with_name("-".join(str(value) for value in (*astuple(task)[1:], "seed", seed)))
     data, model = directory / "data", directory / "warm_start"
-    test = arithmetic.problems(task.test_problems, task.terms, seed)
-    held_out = set(test["prompt"])
+    to_train_on, test = arithmetic.splits(task.train_problems, task.test_problems, task.terms, seed)
     data.mkdir(parents=True, exist_ok=True)
     test.to_json(data / "test.jsonl")
-    arithmetic.problems(task.train_problems, task.terms, seed + 1, held_out).to_json(data / "train.jsonl")
+    to_train_on.to_json(data / "train.jsonl")
     if (model / "config.json").exists():
         print(f"Warm start: found in {model}")
     else:
         print(f"Warm start: supervised training on demonstrations with {task.error_rate:.0%} wrong steps")
-        unfinished = model.with_suffix(".tmp")
         arithmetic.warm_start(
-            unfinished,
+            model,
             terms=task.terms,
             error_rate=task.error_rate,
             seed=seed,
-            exclude=held_out,
+            exclude=set(test["prompt"]),
             steps=task.warm_start_steps,
         )
-        unfinished.rename(model)
     return data, model, test
 
 

@@ -43,6 +43,12 @@ def problems(count: int, terms: int, seed: int, exclude: set[str] | None = None)
     return Dataset.from_list(rows)
 
 
+def splits(train: int, test: int, terms: int, seed: int) -> tuple[Dataset, Dataset]:
+    """So many `problems` to train on and so many others that are held out."""
+    held_out = problems(test, terms, seed)
+    return problems(train, terms, seed + 1, set(held_out["prompt"])), held_out
+
+
 def demonstrations(dataset: Dataset, error_rate: float, seed: int) -> Dataset:
     """Worked answers for supervised training, each step wrong with probability ``error_rate``.
 
@@ -107,7 +113,7 @@ def warm_start(
     """Train the model on erroneous demonstrations with TRL's `SFTTrainer` and save it to ``directory``.
 
     Args:
-        directory: where model and tokenizer go.
+        directory: where model and tokenizer go; it appears when it is complete.
         terms: digits in each sum.
         error_rate: probability of a wrong step.
         seed: of data, weights and data order.
@@ -115,10 +121,11 @@ def warm_start(
         steps: optimizer steps of 64 demonstrations each.
         hidden: width of the model.
     """
+    unfinished = directory.with_name(f"{directory.name}.tmp")
     characters = tokenizer()
     data = problems(min(20_000, 9**terms // 2), terms, seed + 1, exclude)
     config = SFTConfig(
-        output_dir=str(directory),
+        output_dir=str(unfinished),
         max_steps=steps,
         per_device_train_batch_size=64,
         learning_rate=3e-3,
@@ -139,4 +146,5 @@ def warm_start(
         processing_class=characters,
     )
     trainer.train()
-    trainer.save_model(str(directory))
+    trainer.save_model(str(unfinished))
+    unfinished.rename(directory)

@@ -8,11 +8,11 @@ from typing import Any
 from datasets import Dataset, load_dataset
 
 from cppo_trl.data.sources import SourceUnavailableError, load_local, load_source
+from cppo_trl.rewards.audit import FORMATS
 
 Prompt = str | list[dict[str, Any]]
 AIME = ("aime24", "aime25", "aime26")
 BENCHMARKS = (*AIME, "math-500", "gsm8k-test")
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def load_problems(benchmarks: Sequence[str], template: str | None = None) -> lis
 
 
 def _is_file(benchmark: str) -> bool:
-    return "=" not in benchmark and Path(benchmark).suffix in _FORMATS
+    return "=" not in benchmark and Path(benchmark).suffix in FORMATS
 
 
 def _load(benchmark: str, template: str | None) -> Dataset:
@@ -80,11 +80,11 @@ def _load(benchmark: str, template: str | None) -> Dataset:
         if not Path(benchmark).is_file():
             raise ValueError(f"benchmarks: there is no file {benchmark!r}.")
         if template is None:
-            return load_dataset(_FORMATS[Path(benchmark).suffix], data_files=benchmark, split="train")
+            return load_dataset(FORMATS[Path(benchmark).suffix], data_files=benchmark, split="train")
         return load_local(benchmark, template=template)
     name, _, path = benchmark.partition("=")
     if name not in BENCHMARKS:
-        kinds = ", ".join(_FORMATS)
+        kinds = ", ".join(FORMATS)
         raise ValueError(f"benchmarks: {name!r} is none of {', '.join(BENCHMARKS)}, nor a file ({kinds}).")
     try:
         return load_source(name, template=template or "boxed", path=path or None)

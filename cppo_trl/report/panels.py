@@ -219,6 +219,11 @@ def _mean(part: Any, whole: Any) -> Any:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0)
 
 
+def _positions(bins: int) -> list[float]:
+    """The middles of the equal parts of a response."""
+    return ((np.arange(bins) + 0.5) / bins).tolist()
+
+
 def masked_by_cause(run: Run) -> Panel:
     """Share of the tokens masked, over training, by cause."""
     steps, sums = by_training_and_position(run)
@@ -234,7 +239,7 @@ def masked_by_cause(run: Run) -> Panel:
 def heat_maps(run: Run) -> list[HeatMap]:
     """Masked shares and mean divergence over training and relative position."""
     steps, sums = by_training_and_position(run)
-    position = ((np.arange(len(sums["tokens"])) + 0.5) / len(sums["tokens"])).tolist()
+    position = _positions(len(sums["tokens"]))
     maps = []
     for name, title, whole, label in (
         ("masked_by_threshold", "Masked by the threshold, by position", "active", "share"),
@@ -255,7 +260,7 @@ def prefix_averages(run: Run) -> Panel | None:
         return None
     steps, sums = by_training_and_position(run)
     parts = np.array_split(np.arange(sums["tokens"].shape[1]), min(_PHASES, sums["tokens"].shape[1]))
-    position = ((np.arange(len(sums["tokens"])) + 0.5) / len(sums["tokens"])).tolist()
+    position = _positions(len(sums["tokens"]))
     shades = ("#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c")
     lines = []
     for i, part in enumerate(parts):
