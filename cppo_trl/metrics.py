@@ -90,54 +90,73 @@ def loss_record(
         each of `POSITION_BINS`, then max D_t and max ρ_t.
     """
     valid = mask.bool()
-    divergence = divergence.float().masked_fill(~valid, 0.0)
-    ratio = log_ratio.float().exp().masked_fill(~valid, 0.0)
-    positive, negative = valid & (advantages > 0), valid & (advantages < 0)
-    active, away, by_threshold, by_budget = fates(advantages, log_ratio, mask, verdict)
-    masked = by_threshold | by_budget
-    held = _theorem_held(valid, verdict)
-    delta_b = verdict.delta_b
-    budgeted = valid.any(-1, keepdim=True) & (delta_b is not None)
-    listed = valid & (topk_mass is not None)
-    unmoved = valid & weights_unmoved
-    sums = (
-        valid,
-        divergence,
-        ratio,
-        valid.new_zeros(()),  # counted by count_nonfinite_loss
-        away & positive,
-        away & negative,
-        masked & positive,
-        masked & negative,
-        by_threshold,
-        positive,
-        negative,
-        budgeted,
-        budgeted if delta_b is None else delta_b.where(budgeted, 0.0),
-        listed,
-        listed if topk_mass is None else topk_mass.where(listed, 0.0),
-        verdict.weight.where(active, 0.0),
-        held & valid,
-        (held | ~valid).all(-1, keepdim=True) & budgeted,
-        unmoved,
-        divergence.where(unmoved, 0.0),
-        log_ratio.abs().where(unmoved, 0.0),
-    )
-    octave = divergence.clamp(min=2.0**_LOWEST_OCTAVE).log2() - _LOWEST_OCTAVE
-    index = (octave * _BINS_PER_OCTAVE).long().clamp(0, _OCTAVES * _BINS_PER_OCTAVE - 1)
-    histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
-    histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
-    prefix_average = valid.new_zeros(()) if verdict.prefix is None or delta_b is None else verdict.prefix.average()
-    profile = _profile(valid, divergence, active, by_threshold, by_budget, prefix_average.where(valid, 0.0))
+    divergence = divergence.float().where(valid, 0.0)
+    ratio = log_ratio.float().exp().where(valid, 0.0)
+    position = valid.float().cumsum(-1)
+    fate = fates(advantages, log_ratio, mask, verdict)
+    sums = _counts(valid, advantages, fate) | _sums_of_rule(valid, position, fate.active, verdict)
+    sums |= {"divergence": divergence.sum(), "ratio": ratio.sum()}
+    if topk_mass is not None:
+        sums |= {"listed": sums["tokens"], "topk_mass": topk_mass.where(valid, 0.0).sum()}
+    if weights_unmoved:
+        sums |= {"unmoved": sums["tokens"], "unmoved_divergence": sums["divergence"]}
+        sums["unmoved_log_ratio"] = log_ratio.abs().where(valid, 0.0).sum()
+    zero = divergence.new_zeros(())  # "nonfinite_losses" waits for count_nonfinite_loss
+    budgeted = None if verdict.delta_b is None else verdict.prefix
+    average = zero if budgeted is None else budgeted.average().where(valid, 0.0)
+    rows = (divergence, fate.active, fate.by_threshold, fate.by_budget, average)
     return torch.cat(
         [
-            torch.stack([x.sum().float() for x in sums]),
-            histogram,
-            profile.flatten(),
+            torch.stack([sums.get(name, zero).float() for name in _SUMS]),
+            _histogram(divergence, valid),
+            _profile(position, *rows).flatten(),
             divergence.max()[None],
             ratio.max()[None],
         ]
     )
+
+
+def _counts(valid: Tensor, advantages: Tensor, fate: Fates) -> dict[str, Tensor]:
+    """Tokens by advantage and fate."""
+    positive, negative = valid & (advantages > 0), valid & (advantages < 0)
+    masked = fate.by_threshold | fate.by_budget
+    counted = {
+        "tokens": valid,
+        "positive": positive,
+        "negative": negative,
+        "away_positive": fate.away & positive,
+        "away_negative": fate.away & negative,
+        "masked_positive": masked & positive,
+        "masked_negative": masked & negative,
+        "masked_by_threshold": fate.by_threshold,
+    }
+    return {name: tokens.count_nonzero() for name, tokens in counted.items()}
+
+
+def _sums_of_rule(valid: Tensor, position: Tensor, active: Tensor, verdict: Verdict) -> dict[str, Tensor]:
+    """What the rule itself did: weights, budgets, and where Theorem 1's constraints hold.
+
+    They are Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
+    """
+    sums = {"weight": verdict.weight.where(active, 0.0).sum()}
+    if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
+        return sums
+    answered = valid.any(-1, keepdim=True)
+    held = verdict.within_threshold & ((verdict.prefix.overdraft <= 0) | (position == position[..., -1:]))
+    return sums | {
+        "budgeted": answered.count_nonzero(),
+        "delta_b": verdict.delta_b.where(answered, 0.0).sum(),
+        "theorem_prefixes": (held & valid).count_nonzero(),
+        "theorem_responses": ((held | ~valid).all(-1, keepdim=True) & answered).count_nonzero(),
+    }
+
+
+def _histogram(divergence: Tensor, valid: Tensor) -> Tensor:
+    """Tokens by log2 D_t."""
+    octave = divergence.nan_to_num().clamp_(min=2.0**_LOWEST_OCTAVE).log2_().sub_(_LOWEST_OCTAVE)
+    index = octave.mul_(_BINS_PER_OCTAVE).clamp_(max=_OCTAVES * _BINS_PER_OCTAVE - 1).long()
+    histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
+    return histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
 
 
 def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
@@ -145,20 +164,19 @@ def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
     record[_SUMS.index("nonfinite_losses")] += ~loss.detach().isfinite()
 
 
-def _profile(valid: Tensor, *rows: Tensor) -> Tensor:
-    """Sums of ``valid`` and of each row, ``(B, T)``, over each of `POSITION_BINS` parts of the responses."""
-    place = (valid.cumsum(-1) - 1).clamp(min=0) * POSITION_BINS // valid.sum(-1, keepdim=True).clamp(min=1)
-    by_token = torch.stack([x.flatten().float() for x in (valid, *rows)])
-    profile = by_token.new_zeros(len(by_token), POSITION_BINS)
-    return profile.scatter_add_(1, place.clamp(max=POSITION_BINS - 1).flatten().expand_as(by_token), by_token)
+def _profile(position: Tensor, *rows: Tensor) -> Tensor:
+    """Sums of tokens and of each row, ``(B, T)``, over each of `POSITION_BINS` parts of the responses.
 
-
-def _theorem_held(valid: Tensor, verdict: Verdict) -> Tensor:
-    """Where Theorem 1's constraints hold, Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token."""
-    if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
-        return torch.zeros_like(valid)
-    last = valid & (valid.cumsum(-1) == valid.sum(-1, keepdim=True))
-    return verdict.within_threshold & ((verdict.prefix.spent <= verdict.delta_b * verdict.prefix.weight_sum) | last)
+    ``position`` is t on the responses' tokens and stays there behind them, so each part is a stretch of its row, and
+    its sum a difference of two prefix sums.
+    """
+    length = position[..., -1:]
+    part = torch.arange(1, POSITION_BINS + 1, device=position.device)
+    tokens = (part * length / POSITION_BINS).ceil()  # of this part and those before it
+    ends = torch.searchsorted(position, tokens)
+    sums = [row.expand_as(position).cumsum(-1, dtype=torch.float32).gather(-1, ends) for row in rows]
+    before = position.new_zeros(len(rows) + 1, len(position), 1)
+    return torch.stack([tokens, *sums]).diff(dim=-1, prepend=before).sum(1)
 
 
 def add_records(total: Tensor | None, record: Tensor) -> Tensor:

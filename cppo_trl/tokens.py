@@ -33,7 +33,6 @@ def token_table(
     log_ratio: Tensor,
     mask: Tensor,
     verdict: Verdict,
-    delta: float | None,
 ) -> TokenTable:
     """Bring the responses with the most masked tokens to the host, in one copy.
 
@@ -44,7 +43,6 @@ def token_table(
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the responses' tokens.
         verdict: the rule's.
-        delta: δ, or None for a rule without.
 
     Returns:
         The columns ``id``, ``advantage``, ``fate``, ``divergence``, ``ratio`` and ``weight`` (of the surrogate); for a
@@ -55,10 +53,9 @@ def token_table(
     columns = {"id": batch["completion_ids"], "advantage": advantages, "fate": fate, "divergence": divergence}
     columns |= {"ratio": log_ratio.float().exp(), "weight": verdict.weight}
     if verdict.prefix is not None:
-        assert delta is not None  # position weights come with a threshold
         prefix = verdict.prefix
-        columns |= {"position_weight": prefix.weights, "threshold": prefix.threshold(delta)}
-        columns |= {"spent": prefix.spent, "weight_sum": prefix.weight_sum}
+        columns |= {"position_weight": prefix.weights, "threshold": prefix.threshold}
+        columns |= {"spent": prefix.spent(), "weight_sum": prefix.weight_sum()}
     if verdict.delta_b is not None:
         columns["delta_b"] = verdict.delta_b
     masked = (fate == FATES.index("threshold")) | (fate == FATES.index("budget"))

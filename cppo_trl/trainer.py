@@ -265,7 +265,7 @@ class CPPOTrainer(GRPOTrainer):
         self._record = add_records(self._record, record)
         if self._tokens_due():
             rows = (divergence, advantages, log_ratio, mask, verdict)
-            table = token_table(self._loss_inputs, *rows, self.args.cppo_delta)
+            table = token_table(self._loss_inputs, *rows)
             records = token_records(table, self._tokenizer.batch_decode)
             append_tokens(Path(self.args.output_dir), self.state.global_step + 1, records)
         return verdict.weight

@@ -34,11 +34,11 @@ def position_weights(mask: Tensor, w_min: float, order: Tensor | None = None) ->
     """
     mask = mask.float()
     if order is None:
-        position = mask.cumsum(-1) - 1  # t - 1
+        position = mask.cumsum(-1).sub_(1)  # t - 1
     else:
         position = order.masked_fill(mask == 0, torch.inf).argsort(-1).argsort(-1).float()
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # T - 1; 0/0 for a single token is 0
-    return (1 - (1 - w_min) * position / last) * mask
+    return position.mul_(w_min - 1).div_(last).add_(1).mul_(mask)
 
 
 @torch.no_grad()
@@ -55,12 +55,17 @@ def masked_quantile(values: Tensor, mask: Tensor, quantile: float) -> Tensor:
     Returns:
         ``(B, 1)`` fp32.
     """
-    mask = mask.bool()
-    ordered = values.float().masked_fill(~mask, torch.inf).sort(-1).values
+    mask, length = mask.bool(), mask.size(-1)
     count = mask.sum(-1, keepdim=True)
-    rank = quantile * (count - 1).clamp(min=0).float()
-    low, high = ordered.gather(-1, rank.floor().long()), ordered.gather(-1, rank.ceil().long())
-    return low.lerp(high, rank.frac()).masked_fill(count == 0, torch.nan)
+    rank = (count - 1).clamp(min=0).float() * quantile
+    # one selection serves all rows: so many unused places go below a row's values that its rank is that of a full row
+    common = int(torch.tensor(length - 1.0) * quantile)
+    unused = torch.where((~mask).float().cumsum(-1) <= common - rank.floor(), -torch.inf, torch.inf)
+    filled = values.float().where(mask, unused)
+    low = filled.kthvalue(common + 1, -1, keepdim=True).values
+    repeated = (filled <= low).sum(-1, keepdim=True) > common + 1
+    high = low.where(repeated, filled.masked_fill(filled <= low, torch.inf).amin(-1, keepdim=True))
+    return low.lerp(high.where(rank.frac() > 0, low), rank.frac()).masked_fill(count == 0, torch.nan)
 
 
 @torch.no_grad()
@@ -104,30 +109,34 @@ def moves_away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
     """
     if advantages.dim() == 1:
         advantages = advantages.unsqueeze(1)
-    return advantages.float().sign() * log_ratio.float().sign() > 0
+    return advantages.float().sign() * log_ratio.float() > 0
 
 
 class Prefix(NamedTuple):
-    """The left and right sides of Eq. (10) over a response; ``(B, T)`` fp32 each."""
+    """The two sides of Eq. (8) over a response; ``(B, T)`` fp32 each."""
 
     weights: Tensor
     """w_t"""
     weighted: Tensor
     """w_t D_t"""
-    spent: Tensor
-    """S_t = Σ_{j<=t} w_j D_j, over every token of the response, kept or masked"""
-    weight_sum: Tensor
-    """W_t = Σ_{j<=t} w_j"""
-    limit: Tensor
-    """δ + δ_b W_{t-1}"""
+    overdraft: Tensor
+    """S_t - δ_b W_t, with S_t = Σ_{j<=t} w_j D_j over every token of the response, kept or masked: positive where the
+    prefix average S_t / W_t exceeds the budget"""
+    threshold: Tensor
+    """c_t = min(δ, δ + δ_b W_{t-1} - S_{t-1}), what w_t D_t is held against"""
+
+    def spent(self) -> Tensor:
+        """S_t."""
+        return self.weighted.cumsum(-1)
+
+    def weight_sum(self) -> Tensor:
+        """W_t = Σ_{j<=t} w_j."""
+        return self.weights.cumsum(-1)
 
     def average(self) -> Tensor:
         """S_t / W_t, the prefix average that the budget δ_b is held against; 0 before the first token."""
-        return self.spent / self.weight_sum.where(self.weight_sum > 0, 1.0)
-
-    def threshold(self, delta: float) -> Tensor:
-        """c_t = min(δ, δ + δ_b W_{t-1} - S_{t-1}), Eq. (8): what w_t D_t is held against."""
-        return (self.limit - (self.spent - self.weighted)).clamp(max=delta)
+        weight_sum = self.weight_sum()
+        return self.spent() / weight_sum.where(weight_sum > 0, 1.0)
 
 
 @torch.no_grad()
@@ -140,14 +149,13 @@ def prefix_sums(
     delta_b: float | Tensor,
     order: Tensor | None = None,
 ) -> Prefix:
-    """What Eq. (8) and (10) compare. Arguments as in `cppo_mask`."""
+    """What Eq. (8) compares. Arguments as in `cppo_mask`."""
     weights = position_weights(mask, w_min, order)
-    weighted = weights * divergence.float().masked_fill(~mask.bool(), 0.0)
-    weight_sum = weights.cumsum(-1)
-    prefix_weight = weight_sum.roll(1, -1)  # W_{t-1}
-    prefix_weight[..., :1] = 0.0
-    allowance = (delta_b * prefix_weight).nan_to_num(nan=0.0, posinf=torch.inf)  # inf * W_0 is 0: no prefix yet
-    return Prefix(weights, weighted, weighted.cumsum(-1), weight_sum, delta + allowance)
+    weighted = divergence.float().where(mask.bool(), 0.0) * weights
+    overdraft = (weights * -_finite(delta_b)).add_(weighted).cumsum_(-1)
+    threshold = overdraft.roll(1, -1)
+    threshold[..., :1] = 0.0
+    return Prefix(weights, weighted, overdraft, threshold.clamp_(min=0.0).neg_().add_(delta))
 
 
 @torch.no_grad()
@@ -165,8 +173,9 @@ def cppo_mask(
 ) -> Tensor:
     """The CPPO mask, Eq. (8) to (10): M_t = 1[Â_t (ρ_t - 1) <= 0 or I_t].
 
-    I_t holds where w_t D_t <= δ and S_t <= δ + δ_b W_{t-1}, with S_t = Σ_{j<=t} w_j D_j and W_t = Σ_{j<=t} w_j.
-    The sums run over every token of the response, kept or masked.
+    I_t holds where w_t D_t <= c_t = min(δ, δ + δ_b W_{t-1} - S_{t-1}): within the threshold, w_t D_t <= δ, and within
+    the budget, S_t <= δ + δ_b W_{t-1}, where S_t = Σ_{j<=t} w_j D_j and W_t = Σ_{j<=t} w_j. The sums run over every
+    token of the response, kept or masked.
 
     Args:
         divergence: ``(B, T)`` D_t >= 0.
@@ -182,9 +191,9 @@ def cppo_mask(
     Returns:
         ``(B, T)`` bool, True = kept; False outside the mask.
     """
+    mask = mask.bool()
     prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    inside = (prefix.weighted <= delta) & (prefix.spent <= prefix.limit)
-    return mask.bool() & (inside | ~moves_away(advantages, log_ratio))
+    return mask & ((prefix.weighted <= prefix.threshold) | ~moves_away(advantages, log_ratio))
 
 
 @torch.no_grad()
@@ -206,7 +215,9 @@ def cppo_soft_weight(
     Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
     """
     prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    excess = torch.maximum(prefix.weighted / delta, prefix.spent / prefix.limit)  # x_t
+    prefix_weight = prefix.weight_sum() - prefix.weights  # W_{t-1}
+    limit = delta + _finite(delta_b) * prefix_weight
+    excess = torch.maximum(prefix.weighted / delta, prefix.spent() / limit)  # x_t
     gate = excess.clamp(min=1.0).reciprocal()
     return gate.masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
 
@@ -302,6 +313,11 @@ def minpro_weight(
 def no_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """No trust region: every token of the response is kept. Arguments and result as in `cppo_mask`."""
     return mask.bool()
+
+
+def _finite(budget: float | Tensor) -> float | Tensor:
+    """A budget that multiplies a weight of 0 to 0: inf becomes 1e30, which no response spends."""
+    return budget.clamp(max=1e30) if isinstance(budget, Tensor) else min(budget, 1e30)
 
 
 def _log(ratio: float) -> float:

@@ -132,3 +132,20 @@ def test_position_profile_by_hand():
     assert profile["prefix_average"] == pytest.approx([sum(average[t : t + 2]) for t in range(0, 40, 2)], rel=1e-5)
     dppo = total_over_processes(record_of(divergence, advantages, up, mask, "dppo", delta=0.1), lambda x: x)
     assert position_profile(dppo)["prefix_average"] == [0.0] * 20
+
+
+def test_position_profile_equals_a_loop_over_rows_with_holes():
+    divergence, advantages, log_ratio, mask = random_rows(60, 50, seed=14)
+    record = record_of(divergence, advantages, log_ratio, mask, "dppo", delta=0.02)
+    profile = position_profile(total_over_processes(record, lambda x: x))
+    expected = {name: [0.0] * 20 for name in ("tokens", "divergence", "active", "masked_by_threshold")}
+    for b, valid in enumerate(mask.tolist()):
+        own = [t for t, is_own in enumerate(valid) if is_own]
+        for place, t in enumerate(own):
+            d, a = divergence[b, t].item(), advantages[b, t].item()
+            masked = d > 0.02 and a * log_ratio[b, t].item() > 0
+            for name, value in zip(expected, (1.0, d, a != 0, masked), strict=True):
+                expected[name][place * 20 // len(own)] += value
+    for name, values in expected.items():
+        assert profile[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
+    assert min(profile["masked_by_threshold"]) > 0

@@ -30,7 +30,7 @@ def batch_of(mask):
 
 def records_of(rule, rows, **parameters):
     parameters = {**parameters_of(rule), **parameters}
-    table = token_table(batch_of(rows[3]), *rows, RULES[rule].judge(*rows, **parameters), parameters.get("delta"))
+    table = token_table(batch_of(rows[3]), *rows, RULES[rule].judge(*rows, **parameters))
     return token_records(table, decode)
 
 
