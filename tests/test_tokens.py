@@ -114,7 +114,7 @@ def test_training_logs_the_very_numbers_of_its_loss(make_trainer, tmp_path, monk
     records = read_lines(tmp_path / "trust_region_tokens.jsonl")
     assert {record["step"] for record in records} == {2, 4}
     assert len(seen) == 2
-    batch, divergence, advantages, log_ratio, mask, verdict, _ = seen[1]
+    batch, divergence, advantages, log_ratio, mask, verdict = seen[1]
     record = next(record for record in records if record["step"] == 4)
     text = trainer.processing_class.batch_decode(batch["completion_ids"])
     row = next(i for i in range(len(mask)) if text[i].startswith("".join(record["text"])))
