@@ -244,19 +244,9 @@ def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], N
     tokenizer = AutoTokenizer.from_pretrained(warm_start)
     with TemporaryDirectory() as directory:
         config = run.config(directory)
-
-        def measure(model: Any) -> Any:
-            return evaluate(
-                model,
-                tokenizer,
-                test["prompt"],
-                test["solution"],
-                accuracy_reward,
-                max_new_tokens=config.max_completion_length,
-                seed=task.seed,
-            )
-
-        evaluation = _Evaluation(run, measure, on_rollout)
+        sampling = {"max_new_tokens": config.max_completion_length, "seed": task.seed}
+        held_out = (tokenizer, test["prompt"], test["solution"], accuracy_reward)
+        evaluation = _Evaluation(run, lambda model: evaluate(model, *held_out, **sampling), on_rollout)
         trainer = CPPOTrainer(
             str(warm_start),
             accuracy_reward,

@@ -93,16 +93,7 @@ class CPPOTrainer(GRPOTrainer):
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         check_arguments(args, given.arguments)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
-        text_config = self.model.config.get_text_config()
-        vocabulary = text_config.vocab_size
-        if args.disable_dropout and getattr(text_config, "attention_dropout", None):
-            warnings.warn(
-                f"attention_dropout={text_config.attention_dropout} in the model's config stays on and counts as "
-                'divergence from the rollout policy. Set model_init_kwargs={"attention_dropout": 0.0}.',
-                stacklevel=2,
-            )
-        if args.uses_topk and args.cppo_topk > vocabulary:
-            raise ValueError(f"cppo_topk={args.cppo_topk} exceeds the model's vocabulary of {vocabulary}: lower it.")
+        self._check_model()
         if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
             self._name, self._paper = args.rule.source.split(",")[0], {}
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
@@ -127,11 +118,24 @@ class CPPOTrainer(GRPOTrainer):
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client.get_server_info(), args.cppo_topk if args.uses_topk else 0)
         if self.accelerator.is_main_process:
-            rows = args.schedule()
-            width = max(map(len, rows))
-            print(
-                "\n".join([f"{self._name} schedule", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+            self._print_schedule()
+
+    def _check_model(self) -> None:
+        text_config = self.model.config.get_text_config()
+        if self.args.disable_dropout and getattr(text_config, "attention_dropout", None):
+            warnings.warn(
+                f"attention_dropout={text_config.attention_dropout} in the model's config stays on and counts as "
+                'divergence from the rollout policy. Set model_init_kwargs={"attention_dropout": 0.0}.',
+                stacklevel=3,
             )
+        k, vocabulary = self.args.cppo_topk, text_config.vocab_size
+        if self.args.uses_topk and k > vocabulary:
+            raise ValueError(f"cppo_topk={k} exceeds the model's vocabulary of {vocabulary}: lower it.")
+
+    def _print_schedule(self) -> None:
+        rows = self.args.schedule()
+        width = max(map(len, rows))
+        print("\n".join([f"{self._name} schedule", *(f"  {name:<{width}}  {text}" for name, text in rows.items())]))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.model.training:

@@ -112,10 +112,9 @@ def train(
     rewards = [import_reward(path) for path in script.reward_funcs]
     evaluation = _evaluation(script, config)
     data = _load(script, mixture)
-    _check_split(data, script.dataset_train_split)
     evaluating = config.eval_strategy != "no"
-    if evaluating:
-        _check_split(data, script.dataset_test_split)
+    for split in [script.dataset_train_split, *([script.dataset_test_split] if evaluating else [])]:
+        _check_split(data, split)
     require_repository(config)
     config.model_init_kwargs = {
         "revision": model.model_revision,
@@ -133,19 +132,28 @@ def train(
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
     )
+    trainer.dataset_names = [dataset.path for dataset in mixture.datasets] or [script.dataset_name]
+    trainer.command = command_line(sys.argv)
     benchmarks = EvaluationCallback(trainer, *evaluation, every=script.eval_every) if evaluation else None
+    _run(trainer, resume, benchmarks, drop_callbacks)
+    return trainer
+
+
+def _run(
+    trainer: CPPOTrainer,
+    resume: str | None,
+    benchmarks: EvaluationCallback | None,
+    drop_callbacks: Sequence[type[TrainerCallback]],
+) -> None:
     if benchmarks:
         trainer.add_callback(benchmarks)
     trainer.add_callback(ReportFailedPushes(trainer))
     for callback in drop_callbacks:
         trainer.remove_callback(callback)
-    trainer.dataset_names = [dataset.path for dataset in mixture.datasets] or [script.dataset_name]
-    trainer.command = command_line(sys.argv)
     with suppress(TrainingFinished):
         trainer.train(resume_from_checkpoint=resume)
     trainer.evaluation_table = benchmarks.table if benchmarks else None
     _save(trainer)
-    return trainer
 
 
 def _save(trainer: CPPOTrainer) -> None:

@@ -73,7 +73,7 @@ def compare(part: str, variants: Mapping[str, Callable[[], Any]], repeats: int, 
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for work in variants.values():  # gradients and buffers are there before anything is measured
         work()
-    peaks = {name: peak_bytes(work) if memory else None for name, work in variants.items()}
+    peaks = {name: peak_bytes(work) for name, work in variants.items()} if memory else {}
     for _ in tqdm(range(repeats), desc=part, leave=False):
         for name, work in variants.items():
             wait()
@@ -88,7 +88,7 @@ def compare(part: str, variants: Mapping[str, Callable[[], Any]], repeats: int, 
         low, high = quantile_test(ratios, p=0.5).confidence_interval(0.95) if name != first else (1.0, 1.0)
         row = {"part": part, "variant": name, "seconds": statistics.median(times), "ratio": statistics.median(ratios)}
         row |= {"ratio_low": float(low), "ratio_high": float(high)}
-        rows.append(row | ({"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[first]} if memory else {}))
+        rows.append(row | ({"peak_bytes": peaks[name], "peak_ratio": peaks[name] / peaks[first]} if peaks else {}))
     return rows
 
 
@@ -128,7 +128,7 @@ def qwen3(layers: int, hidden: int = 2048, vocabulary: int = 151_936, tied: bool
 class Bench:
     """TRL's trainer and ours at equal settings, and one made-up batch."""
 
-    def __init__(self, shape: Mapping[str, int], rows: int, length: int, bf16: bool) -> None:
+    def __init__(self, shape: Mapping[str, Any], rows: int, length: int, bf16: bool) -> None:
         self.config = CPPOConfig(
             tempfile.mkdtemp(),
             cppo_divergence="topk_tv",
@@ -155,7 +155,7 @@ class Bench:
         }
         self.batch = {name: value.to(DEVICE) for name, value in batch.items()}
 
-    def _trainer(self, kind: type[GRPOTrainer], shape: Mapping[str, int]) -> Any:
+    def _trainer(self, kind: type[GRPOTrainer], shape: Mapping[str, Any]) -> Any:
         trainer = kind(
             qwen3(**shape),
             lambda completions, **_: [0.0] * len(completions),
@@ -319,9 +319,8 @@ def main() -> None:
     arguments = parser.parse_args()
     costs, accuracies = measure(arguments)
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"\n{machine}; {arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocabulary}, {arguments.rows} x {arguments.length}\n"
-    )
+    model = f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocabulary}"
+    print(f"\n{machine}; {model}; {arguments.rows} x {arguments.length} tokens\n")
     print("| | | seconds | time, ratio to the first (95 %) | peak MiB | ratio |\n|---|---|---|---|---|---|")
     for row in costs:
         memory = f"{row['peak_bytes'] / 2**20:.0f} | {row['peak_ratio']:.3f}" if "peak_bytes" in row else "|"
