@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-vllm lint build clean
+.PHONY: install quickstart test test-vllm lint reference docs build clean
 
 install: .venv/.installed
 
@@ -34,6 +34,12 @@ lint: install  ## what pre-commit runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+reference: install  ## docs/configuration.md, from the code
+	$(BIN)/python scripts/write_reference.py
+
+docs: install  ## the documents as a site in outputs/docs; a link that leads nowhere fails
+	$(BIN)/python -m sphinx --fresh-env --fail-on-warning --keep-going --quiet docs outputs/docs
 
 build: install  ## wheel and sdist in dist/
 	$(BIN)/python -m build

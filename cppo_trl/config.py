@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,18 @@ from trl import GRPOConfig
 from cppo_trl.rules import ESTIMATORS, RULES, Rule
 
 TRUST_REGIONS = tuple(RULES)
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "delta": (lambda x: x > 0, "> 0 (.inf switches the rule off)"),
+    "delta_b": (lambda x: x > 0, "> 0 (.inf switches the budget off)"),
+    "w_min": (lambda x: 0 < x <= 1, "in (0, 1] (1.0 switches it off)"),
+    "delta_b_quantile": (lambda x: x is None or 0 <= x <= 1, "in [0, 1], or null for a fixed budget"),
+    "delta_b_max_multiple": (lambda x: 1 <= x < math.inf, "finite and >= 1"),
+    "ratio_min": (lambda x: 0 <= x <= 1, "in [0, 1]: it is 1 - epsilon_low"),
+    "ratio_max": (lambda x: x >= 1, ">= 1: it is 1 + epsilon_high"),
+    "ratio_cap": (lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
+}
+"""What a rule's parameter must hold, and the same in words."""
 
 _SAMPLING_KEYS = frozenset(
     (
@@ -47,7 +60,8 @@ class CPPOConfig(GRPOConfig):
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
             runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for
             ``"binary_tv"``, and for ``"topk_kl"`` under TRM, which is stated in the exact KL.
-        cppo_topk: K of the Top-K estimators, 20 in the paper and at most 20 with a colocated vLLM.
+        cppo_topk: K of the Top-K estimators, 1 to the vocabulary; 20 in the paper, and at most 20 with a colocated
+            vLLM.
         cppo_delta: threshold δ > 0; None for the value of the rule's own paper (CPPO: 0.15 TV, 0.1 KL; DPPO: 0.15
             TV, 0.05 KL; TRM-Max: 0.05 KL; TRM-Avg: 0.001 KL); inf switches the rule off.
         cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
@@ -268,16 +282,7 @@ class CPPOConfig(GRPOConfig):
                 _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
 
     def _check_ranges(self) -> None:
-        for name, holds, expected in (
-            ("delta", lambda x: x > 0, "> 0 (.inf switches the rule off)"),
-            ("delta_b", lambda x: x > 0, "> 0 (.inf switches the budget off)"),
-            ("w_min", lambda x: 0 < x <= 1, "in (0, 1] (1.0 switches it off)"),
-            ("delta_b_quantile", lambda x: x is None or 0 <= x <= 1, "in [0, 1], or null for a fixed budget"),
-            ("delta_b_max_multiple", lambda x: 1 <= x < math.inf, "finite and >= 1"),
-            ("ratio_min", lambda x: 0 <= x <= 1, "in [0, 1]: it is 1 - epsilon_low"),
-            ("ratio_max", lambda x: x >= 1, ">= 1: it is 1 + epsilon_high"),
-            ("ratio_cap", lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
-        ):
+        for name, (holds, expected) in RANGES.items():
             if name in self.rule.parameters:
                 value = getattr(self, f"cppo_{name}")
                 _require(holds(value), f"cppo_{name}", value, expected)

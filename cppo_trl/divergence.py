@@ -35,7 +35,7 @@ def anchor_logps(logps: Tensor, rollout_logps: Tensor | None) -> Tensor:
 
 @torch.no_grad()
 def binary_tv(logps: Tensor, rollout_logps: Tensor) -> Tensor:
-    """Binary total variation, DPPO Eq. (13): D_t = |μ(y_t|s_t) - π(y_t|s_t)|, in [0, 1].
+    """Binary total variation, DPPO Eq. (13): ``D_t = |μ(y_t|s_t) - π(y_t|s_t)|``, in [0, 1].
 
     A lower bound of the exact total variation that needs the sampled token's log-probs only.
     NaN rollout log-probs give 0.
@@ -66,7 +66,7 @@ def _log_rest(logp: Tensor) -> Tensor:
 
 @torch.no_grad()
 def topk_tv(logps: Tensor, rollout_logps: Tensor) -> Tensor:
-    """Top-K reduced total variation, DPPO Eq. (15): D_t = ½ Σ_{a in A''} |p^μ(a) - p^π(a)|, in [0, 1].
+    """Top-K reduced total variation, DPPO Eq. (15): ``D_t = ½ Σ_{a in A''} |p^μ(a) - p^π(a)|``, in [0, 1].
 
     A'' holds the listed tokens (the top-K of μ and the sampled token) and one bucket "other" for the rest of the
     vocabulary. Binary <= Top-K <= exact total variation, and exact where every token is listed.

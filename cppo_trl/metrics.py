@@ -86,8 +86,8 @@ def loss_record(
         weights_unmoved: whether the policy still has the weights that the responses were sampled with.
 
     Returns:
-        A vector: the sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for
-        each of `POSITION_BINS`, then max D_t and max ρ_t.
+        The sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for each of
+        `POSITION_BINS`, then max D_t and max ρ_t, as one vector.
     """
     valid = mask.bool()
     divergence = divergence.float().where(valid, 0.0)

@@ -66,22 +66,23 @@ class Plan:
         return "\n".join(lines)
 
 
-def dry_run(arguments: Sequence[str]) -> Plan:
-    """The plan of a command line of ``scripts/train.py``, with three flags of the dry run's own.
+def dry_run_parser() -> argparse.ArgumentParser:
+    """The dry run's own flags; what else there is belongs to the recipe."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--dry_run", action="store_true", help="Say what the recipe comes to, and load nothing.")
+    parser.add_argument("--num_processes", type=int, help="Processes; default: the Accelerate file's, else one.")
+    parser.add_argument("--accelerate_config", help="Accelerate file: processes, and how the model lies over them.")
+    parser.add_argument("--gpu_memory_gb", type=float, help="Refuse what does not fit such a card.")
+    return parser
 
-    ``--accelerate_config FILE`` gives the processes and how the model is laid over them, ``--num_processes N``
-    overrides their number (without either: one process), and ``--gpu_memory_gb`` refuses what does not fit such a
-    card.
+
+def dry_run(arguments: Sequence[str]) -> Plan:
+    """The plan of a command line of ``scripts/train.py``, with the flags of `dry_run_parser`.
 
     Raises:
         ValueError: for a field that no dataclass knows, or a value that `CPPOConfig` or TRL refuses.
     """
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--dry_run", action="store_true")
-    parser.add_argument("--num_processes", type=int)
-    parser.add_argument("--accelerate_config")
-    parser.add_argument("--gpu_memory_gb", type=float)
-    own, rest = parser.parse_known_args(arguments)
+    own, rest = dry_run_parser().parse_known_args(arguments)
     layout = read_layout(own.accelerate_config, own.num_processes)
     script, config, model, mixture = parse_arguments(rest, config_type=config_elsewhere(layout.processes))
     return make_plan(script, config, model, mixture, layout, own.gpu_memory_gb)

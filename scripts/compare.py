@@ -88,16 +88,21 @@ def _carry_out_all(runs: list[Run], study: Study, warm_start: Path, lines: Path,
     return failed
 
 
-def main() -> None:
-    """Run what is missing, then write the report."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+def command_line() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="the study's YAML file")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="lines, table and figures")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="runs at a time, one core each")
+    parser.add_argument("--processes", type=int, help="runs at a time, one core each; default: all cores")
     parser.add_argument("--warm_start", type=Path, help="the checkpoint to begin from; default: one made for the task")
     parser.add_argument("--report", action="store_true", help="make no run, only the report of those finished")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run what is missing, then write the report."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    arguments = command_line().parse_args()
     study = Study.load(arguments.config)
     arguments.output.mkdir(parents=True, exist_ok=True)
     lines = arguments.output / f"{study.name}.jsonl"
@@ -112,7 +117,8 @@ def main() -> None:
             print("Warm start: made once, kept in outputs/compare-tasks")
             warm_start = prepare(study.task, Path("outputs/compare-tasks"))
         finished(lines, study, digest(warm_start))
-        failed = _carry_out_all(runs, study, warm_start, lines, arguments.processes)
+        processes = arguments.processes or os.cpu_count() or 1
+        failed = _carry_out_all(runs, study, warm_start, lines, processes)
         print(f"{len(runs) - len(failed)} runs in {(time.perf_counter() - started) / 60:.0f} minutes")
     written = write_report(list(finished(lines, study).values()), arguments.output, study.name)
     print("\n".join(f"wrote {path}" for path in written))
