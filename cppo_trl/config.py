@@ -35,6 +35,28 @@ _SAMPLING_KEYS = frozenset(
 )
 """Keys of ``generation_kwargs`` that change what is sampled, or which log-probs the engine returns."""
 
+_UNTOUCHED = (
+    "the trust region replaces it, so leave it at {} (its default) and set cppo_delta, or cppo_ratio_min and "
+    "cppo_ratio_max (grpo, minpro, cispo)"
+)
+_UNBIASED = "the log-probs would not be those of the policy that sampled, so leave it at {}"
+_HOST_OPTIONS: tuple[tuple[str, Any, str], ...] = (
+    ("epsilon", 0.2, _UNTOUCHED),
+    ("epsilon_high", None, _UNTOUCHED),
+    ("delta", None, "a ratio cap of TRL's own; leave it at {} and set cppo_ratio_cap instead"),
+    ("off_policy_mask_threshold", None, _UNTOUCHED),
+    ("importance_sampling_level", "token", "the rule is per token; leave it at {}"),
+    ("vllm_importance_sampling_correction", False, "the ratio is already taken against the engine; use {}"),
+    ("vllm_importance_sampling_cap", None, "no second correction of the ratio; leave it at {}"),
+    ("top_entropy_quantile", 1.0, "a second token mask would hide the rule's; leave it at {}"),
+    ("top_p", 1.0, _UNBIASED),
+    ("top_k", 0, _UNBIASED),
+    ("min_p", None, _UNBIASED),
+    ("repetition_penalty", 1.0, _UNBIASED),
+    ("vllm_structured_outputs_regex", None, _UNBIASED),
+)
+"""Options of TRL's that contradict the rule: the one value that does not, and why."""
+
 
 @dataclass
 class CPPOConfig(GRPOConfig):
@@ -296,28 +318,7 @@ class CPPOConfig(GRPOConfig):
             self.loss_type,
             f"one of {losses}; others bring their own clip",
         )
-        bounds = "cppo_ratio_min and cppo_ratio_max (grpo, minpro, cispo)"
-        untouched = f"the trust region replaces it, so leave it at {{}} (its default) and set cppo_delta, or {bounds}"
-        unbiased = "the log-probs would not be those of the policy that sampled, so leave it at {}"
-        for name, neutral, reason in (
-            ("epsilon", 0.2, untouched),
-            ("epsilon_high", None, untouched),
-            ("delta", None, "a ratio cap of TRL's own; leave it at {} and set cppo_ratio_cap instead"),
-            ("off_policy_mask_threshold", None, untouched),
-            ("importance_sampling_level", "token", "the rule is per token; leave it at {}"),
-            (
-                "vllm_importance_sampling_correction",
-                False,
-                "the ratio is already taken against the engine; use {}",
-            ),
-            ("vllm_importance_sampling_cap", None, "no second correction of the ratio; leave it at {}"),
-            ("top_entropy_quantile", 1.0, "a second token mask would hide the rule's; leave it at {}"),
-            ("top_p", 1.0, unbiased),
-            ("top_k", 0, unbiased),
-            ("min_p", None, unbiased),
-            ("repetition_penalty", 1.0, unbiased),
-            ("vllm_structured_outputs_regex", None, unbiased),
-        ):
+        for name, neutral, reason in _HOST_OPTIONS:
             value = getattr(self, name)
             off = value == neutral or (name == "min_p" and value == 0) or (name == "top_k" and value is None)
             if not off:
