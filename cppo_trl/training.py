@@ -116,12 +116,12 @@ def train(
     for split in [script.dataset_train_split, *([script.dataset_test_split] if evaluating else [])]:
         _check_split(data, split)
     require_repository(config)
-    config.model_init_kwargs = {
+    loading = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(config.model_init_kwargs or {}),
     }
+    config.model_init_kwargs = loading | (config.model_init_kwargs or {})
     trainer = CPPOTrainer(
         model.model_name_or_path,
         rewards,

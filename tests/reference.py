@@ -75,3 +75,13 @@ def clipped_quantile(divergences, floor, quantile, multiple):
 def bernoulli_kl(p, q):
     """KL(p || q) of two coins, in nats, for 0 < p, q < 1."""
     return p * math.log(p / q) + (1 - p) * (math.log1p(-p) - math.log1p(-q))
+
+
+def reduced(pi, mu, sampled, k, kind):
+    """Eq. (15) and (16) of DPPO at one position, over a plain set of tokens."""
+    tokens = set(sorted(range(len(mu)), key=lambda a: -mu[a])[:k]) | {sampled}
+    p_mu, p_pi = [math.exp(mu[a]) for a in tokens], [math.exp(pi[a]) for a in tokens]
+    p_mu, p_pi = [*p_mu, max(1 - sum(p_mu), 1e-12)], [*p_pi, max(1 - sum(p_pi), 1e-12)]
+    if kind == "tv":
+        return 0.5 * sum(abs(a - b) for a, b in zip(p_mu, p_pi, strict=True))
+    return sum(a * math.log(a / b) for a, b in zip(p_mu, p_pi, strict=True))

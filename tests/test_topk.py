@@ -14,90 +14,11 @@ from transformers import (
 )
 
 from cppo_trl import CPPOTrainer, policy_topk
-from cppo_trl.divergence import binary_kl, binary_tv, topk_kl, topk_tv
 from tests.conftest import COMPLETION, VOCABULARY, full_logps, injected_batch, tiny_data, tiny_model
-from tests.reference import algorithm_1, clipped_quantile
+from tests.reference import algorithm_1, clipped_quantile, reduced
 from tests.test_trainer import gradients
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-
-
-def two_policies(seed, rows=4, length=6, vocabulary=40, distance=1.0):
-    g = torch.Generator().manual_seed(seed)
-    mu = (torch.randn(rows, length, vocabulary, generator=g) * 2).log_softmax(-1)
-    pi = (mu + torch.randn(rows, length, vocabulary, generator=g) * distance).log_softmax(-1)
-    sampled = torch.randint(0, vocabulary, (rows, length, 1), generator=g)
-    return pi, mu, sampled
-
-
-def listed(pi, mu, sampled, k):
-    """The sampled token, then the k likeliest of μ, the sampled one padded out where it is among them."""
-    top = mu.topk(k).indices
-    ids = torch.cat([sampled, top], -1)
-    mu_listed = mu.gather(-1, ids)
-    mu_listed[..., 1:].masked_fill_(top == sampled, -torch.inf)
-    return pi.gather(-1, ids), mu_listed
-
-
-def reduced(pi, mu, sampled, k, kind):
-    """Eq. (15) and (16) of DPPO at one position, over a plain set of tokens."""
-    tokens = set(sorted(range(len(mu)), key=lambda a: -mu[a])[:k]) | {sampled}
-    p_mu, p_pi = [math.exp(mu[a]) for a in tokens], [math.exp(pi[a]) for a in tokens]
-    p_mu, p_pi = [*p_mu, max(1 - sum(p_mu), 1e-12)], [*p_pi, max(1 - sum(p_pi), 1e-12)]
-    if kind == "tv":
-        return 0.5 * sum(abs(a - b) for a, b in zip(p_mu, p_pi, strict=True))
-    return sum(a * math.log(a / b) for a, b in zip(p_mu, p_pi, strict=True))
-
-
-def test_topk_worked_by_hand():
-    # listed: .5 .2 of mu against .3 .3 of pi; other: .3 against .4; one padding slot
-    mu = torch.tensor([[[0.5, 0.2, 0.9]]]).log()
-    mu[..., 2] = -torch.inf
-    pi = torch.tensor([[[0.3, 0.3, 0.9]]]).log()
-    assert topk_tv(pi, mu).item() == pytest.approx(0.5 * (0.2 + 0.1 + 0.1))
-    expected = 0.5 * math.log(5 / 3) + 0.2 * math.log(2 / 3) + 0.3 * math.log(3 / 4)
-    assert topk_kl(pi, mu).item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("k", [1, 5, 20, 39])
-def test_topk_equals_the_sum_over_a_plain_set(k):
-    pi, mu, sampled = two_policies(k)
-    args = listed(pi, mu, sampled, k)
-    tv, kl = topk_tv(*args), topk_kl(*args)
-    for b in range(4):
-        for t in range(6):
-            at = (pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled[b, t].item(), k)
-            assert tv[b, t].item() == pytest.approx(reduced(*at, "tv"), abs=2e-6)
-            assert kl[b, t].item() == pytest.approx(reduced(*at, "kl"), abs=2e-6, rel=1e-4)
-
-
-def test_binary_is_below_topk_is_below_exact():
-    pi, mu, sampled = two_policies(0, rows=50)
-    exact_tv, exact_kl = 0.5 * (pi.exp() - mu.exp()).abs().sum(-1), (mu.exp() * (mu - pi)).sum(-1)
-    at = sampled[..., 0:1]
-    binary = [f(pi.gather(-1, at)[..., 0], mu.gather(-1, at)[..., 0]) for f in (binary_tv, binary_kl)]
-    for estimator, lower, upper in ((topk_tv, binary[0], exact_tv), (topk_kl, binary[1], exact_kl)):
-        for k in (1, 3, 10, 20):
-            value = estimator(*listed(pi, mu, sampled, k))
-            assert (lower <= value + 1e-6).all()
-            assert (value <= upper + 1e-6).all()
-            lower = value  # noqa: PLW2901
-        torch.testing.assert_close(estimator(*listed(pi, mu, sampled, 40)), upper, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("estimator", [topk_tv, topk_kl])
-def test_topk_is_finite_whatever_the_inputs(estimator):
-    values = torch.tensor([0.0, -1e-9, -1.0, -100.0, -1e4, -torch.inf])
-    pi = torch.cartesian_prod(values, values, values).unsqueeze(0)
-    for mu in (pi.flip(1), pi, torch.full_like(pi, -torch.inf)):
-        result = estimator(pi, mu)
-        assert result.isfinite().all()
-        assert (result >= 0).all()
-        assert result.dtype == torch.float32
-    unknown = pi.clone()
-    unknown[:, ::2, 1] = torch.nan
-    assert (estimator(pi, unknown)[:, ::2] == 0).all()
-    assert estimator(pi.bfloat16(), pi.bfloat16()).dtype == torch.float32
 
 
 def small(config_cls, model_cls, **fields):
@@ -128,6 +49,20 @@ CASES += [
 ]
 
 
+def full_log_softmax(model, batch, temperature, bf16=False, fp32_head=False):
+    """log π over the whole vocabulary, (B, T, V)."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(bf16)):
+        if fp32_head:
+            hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state
+        else:
+            logits = model(input_ids=ids, attention_mask=attention).logits
+    if fp32_head:
+        logits = hidden.float() @ model.lm_head.weight.T
+    return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].float() / temperature).log_softmax(-1)
+
+
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     """Through rollout, shuffle, split, accumulation and updates, against two models run in full."""
@@ -140,16 +75,7 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     seen, compared = [], []
 
     def log_softmax(model, batch):
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=fields.get("bf16", False)):
-            if fields.get("cast_lm_head_to_fp32"):
-                hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state
-            else:
-                logits = model(input_ids=ids, attention_mask=attention).logits
-        if fields.get("cast_lm_head_to_fp32"):
-            logits = hidden.float() @ model.lm_head.weight.T
-        return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].float() / temperature).log_softmax(-1)
+        return full_log_softmax(model, batch, temperature, fields.get("bf16"), fields.get("cast_lm_head_to_fp32"))
 
     class Spy(CPPOTrainer):
         def _generate_and_score_completions(self, inputs):
