@@ -167,7 +167,14 @@ def test_table_and_figures(tmp_path):
     lines = [line(m, s, [0.5 + s / 10, 0.4]) for m in ("cppo", "dppo", "grpo") for s in range(3)]
     lines += [line(m, 0, [0.6], setting="b") for m in ("cppo", "dppo")]
     written = report.write_report(lines, tmp_path, "x")
-    assert [p.name for p in written] == ["x.md", "x-accuracy.png", "x-masks.png", "x-length.png", "x-updates.png"]
+    assert [p.name for p in written] == [
+        "x.md",
+        "x-scores.png",
+        "x-accuracy.png",
+        "x-masks.png",
+        "x-length.png",
+        "x-updates.png",
+    ]
     assert all(p.stat().st_size > 100 for p in written)
     text = written[0].read_text()
     assert "| cppo | 3 | 0.600 ± 0.248 | 0.400 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 | 0 of 3 | 37.50 % |" in text

@@ -100,6 +100,7 @@ def write_report(lines: Lines, directory: Path, name: str) -> list[Path]:
     written = [directory / f"{name}.md"]
     groups = by_setting_and_method(lines)
     figures = {
+        "scores": _scores(groups),
         "accuracy": _panels(groups, "held-out avg@16", _draw_accuracy),
         "masks": _panels(groups, "share of tokens masked", _draw_masks, xlabel="relative position"),
         "length": _panels(groups, "response length (tokens)", _draw_length),
@@ -120,17 +121,48 @@ def _panels(
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5.5 * columns + 1.5, 4 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    styles = _styles(groups)
     for axes, (setting, methods) in zip(panels, groups.items(), strict=False):
-        for i, (method, runs) in enumerate(methods.items()):
-            draw(axes, method, runs, f"C{i % 10}", "-" if i < 10 else "--")
+        for method, runs in methods.items():
+            draw(axes, method, runs, *styles[method])
         axes.set(title=setting, xlabel=xlabel, ylabel=ylabel)
         axes.grid(alpha=0.3)
+        if not axes.lines:
+            axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)
     for axes in panels[len(groups) :]:
         axes.remove()
     entries: dict[str, Any] = {}
     for axes in panels[: len(groups)]:
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize="small")
+    return figure
+
+
+def _styles(groups: Mapping[str, Mapping[str, Lines]]) -> dict[str, tuple[str, str]]:
+    """Colour and line of each method, the same in all settings."""
+    methods = dict.fromkeys(method for setting in groups.values() for method in setting)
+    return {method: (f"C{i % 10}", "-" if i < 10 else "--") for i, method in enumerate(methods)}
+
+
+def _scores(groups: Mapping[str, Mapping[str, Lines]]) -> Figure:
+    """Every run's best accuracy as a dot; their mean and its 95 % interval."""
+    figure = Figure(
+        figsize=(3.2 * len(groups) + 1.5, 0.28 * max(map(len, groups.values())) + 1.4), layout="constrained"
+    )
+    styles = _styles(groups)
+    names = list(styles)
+    panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+    for axes, (setting, methods) in zip(panels, groups.items(), strict=True):
+        for method, runs in methods.items():
+            scores, (color, _), y = [best(run) for run in runs], styles[method], names.index(method)
+            mean, half = confidence_interval(scores)
+            axes.plot(scores, [y] * len(scores), "o", color=color, alpha=0.4, markersize=4)
+            axes.errorbar(mean, y, xerr=0 if math.isnan(half) else half, fmt="d", color=color, capsize=3)
+        axes.axvline(runs[0]["evaluations"][0][1], color="grey", linestyle=":", linewidth=1)
+        axes.set(title=setting, xlabel="best held-out avg@16", xlim=(0, 1))
+        axes.grid(alpha=0.3, axis="x")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
     return figure
 
 
@@ -171,11 +203,12 @@ def _final_against_updates(lines: Lines) -> Figure:
     for line in lines:
         if not line["stale_rollouts"] and line["fields"]["learning_rate"] == rate:
             points.setdefault(line["method"], {}).setdefault(line["updates_per_rollout"], []).append(final(line))
-    for i, (method, by_updates) in enumerate(points.items()):
+    styles = _styles(by_setting_and_method(lines))
+    for method, by_updates in points.items():
         if len(by_updates) > 1:
             updates = sorted(by_updates)
             intervals = np.array([confidence_interval(by_updates[u]) for u in updates])
-            axes.errorbar(updates, intervals[:, 0], intervals[:, 1], color=f"C{i % 10}", label=method, capsize=3)
+            axes.errorbar(updates, intervals[:, 0], intervals[:, 1], color=styles[method][0], label=method, capsize=3)
     axes.set(xlabel="updates per rollout", ylabel="last held-out avg@16", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
