@@ -142,7 +142,7 @@ def _sums_of_rule(valid: Tensor, position: Tensor, active: Tensor, verdict: Verd
     if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
         return sums
     answered = valid.any(-1, keepdim=True)
-    held = verdict.within_threshold & ((verdict.prefix.overdraft <= 0) | (position == position[..., -1:]))
+    held = verdict.within_threshold & ((verdict.prefix.left >= 0) | (position == position[..., -1:]))
     return sums | {
         "budgeted": answered.count_nonzero(),
         "delta_b": verdict.delta_b.where(answered, 0.0).sum(),

@@ -38,7 +38,7 @@ def position_weights(mask: Tensor, w_min: float, order: Tensor | None = None) ->
     else:
         position = order.masked_fill(mask == 0, torch.inf).argsort(-1).argsort(-1).float()
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # T - 1; 0/0 for a single token is 0
-    return position.mul_(w_min - 1).div_(last).add_(1).mul_(mask)
+    return position.mul_((w_min - 1) / last).add_(1).mul_(mask)
 
 
 @torch.no_grad()
@@ -63,8 +63,9 @@ def masked_quantile(values: Tensor, mask: Tensor, quantile: float) -> Tensor:
     unused = torch.where((~mask).float().cumsum(-1) <= common - rank.floor(), -torch.inf, torch.inf)
     filled = values.float().where(mask, unused)
     low = filled.kthvalue(common + 1, -1, keepdim=True).values
-    repeated = (filled <= low).sum(-1, keepdim=True) > common + 1
-    high = low.where(repeated, filled.masked_fill(filled <= low, torch.inf).amin(-1, keepdim=True))
+    above = filled > low
+    repeated = length - above.count_nonzero(-1).unsqueeze(-1) > common + 1
+    high = low.where(repeated, filled.where(above, torch.inf).amin(-1, keepdim=True))
     return low.lerp(high.where(rank.frac() > 0, low), rank.frac()).masked_fill(count == 0, torch.nan)
 
 
@@ -119,9 +120,9 @@ class Prefix(NamedTuple):
     """w_t"""
     weighted: Tensor
     """w_t D_t"""
-    overdraft: Tensor
-    """S_t - δ_b W_t, with S_t = Σ_{j<=t} w_j D_j over every token of the response, kept or masked: positive where the
-    prefix average S_t / W_t exceeds the budget"""
+    left: Tensor
+    """δ_b W_t - S_t, what is left of the budget, with S_t = Σ_{j<=t} w_j D_j over every token of the response, kept or
+    masked: negative where the prefix average S_t / W_t exceeds δ_b"""
     threshold: Tensor
     """c_t = min(δ, δ + δ_b W_{t-1} - S_{t-1}), what w_t D_t is held against"""
 
@@ -151,11 +152,11 @@ def prefix_sums(
 ) -> Prefix:
     """What Eq. (8) compares. Arguments as in `cppo_mask`."""
     weights = position_weights(mask, w_min, order)
-    weighted = divergence.float().where(mask.bool(), 0.0) * weights
-    overdraft = (weights * -_finite(delta_b)).add_(weighted).cumsum_(-1)
-    threshold = overdraft.roll(1, -1)
+    weighted = divergence.float().where(mask.bool(), 0.0).mul_(weights)
+    left = (weights * _finite(delta_b)).sub_(weighted).cumsum_(-1)
+    threshold = left.roll(1, -1)
     threshold[..., :1] = 0.0
-    return Prefix(weights, weighted, overdraft, threshold.clamp_(min=0.0).neg_().add_(delta))
+    return Prefix(weights, weighted, left, threshold.clamp_(max=0.0).add_(delta))
 
 
 @torch.no_grad()
