@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def prompts_per_update(self) -> float:
-        """Prompts of one optimizer step: the paper's minibatch."""
+        """Prompts of one optimizer step, the paper's minibatch."""
         return responses_per_update(self.config, self.layout) / self.config.num_generations
 
     def __str__(self) -> str:

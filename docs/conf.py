@@ -20,7 +20,8 @@ html_title = f"cppo_trl {version}"
 html_copy_source = False
 myst_heading_anchors = 3  # named as a code host names them
 default_role = "py:obj"  # `name` in a docstring leads to its entry, where there is one
-autodoc_typehints = "description"
+autodoc_typehints = "both"
+autodoc_typehints_description_target = "documented_params"
 autodoc_member_order = "bysource"
 
 

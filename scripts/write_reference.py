@@ -7,7 +7,7 @@ import runpy
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
 
@@ -106,9 +106,10 @@ def default_of(field: Field) -> str:
     return "required" if field.default is MISSING else code(yaml_value(field.default))
 
 
-def type_of(field: Field) -> str:
-    """The type of a dataclass's field."""
-    return code(field.type.__name__ if type(field.type) is type else str(field.type).replace("typing.", ""))
+def type_of(kind: type, field: Field) -> str:
+    """The type of a dataclass's field, as written: a parser overwrites the field's own."""
+    hint = get_type_hints(kind)[field.name]
+    return code(hint.__name__ if type(hint) is type else str(hint).replace("typing.", ""))
 
 
 def values_of(field: Field) -> str:
@@ -131,7 +132,7 @@ def helped(kind: type, skip: Iterable[str] = ()) -> str:
     for f in (f for f in fields(kind) if f.name not in skip):
         choices = values_of(f)
         meaning = f.metadata["help"] + (f" One of {choices}." if choices else "")
-        rows.append((code(f.name), type_of(f), default_of(f), meaning))
+        rows.append((code(f.name), type_of(kind, f), default_of(f), meaning))
     return table(("field", "type", "default", "meaning"), rows)
 
 
@@ -152,7 +153,7 @@ def config_tables() -> tuple[str, str]:
     reason = listed(CPPOConfig, r"\* ``(\w+)[^`]*``", "  ")
     added, changed = [], []
     for f in (f for f in fields(CPPOConfig) if f.name in CPPOConfig.__annotations__):
-        start = (code(f.name), type_of(f), default_of(f))
+        start = (code(f.name), type_of(CPPOConfig, f), default_of(f))
         if f.name in inherited:
             changed.append((*start, default_of(inherited[f.name]), reason[f.name]))
         else:

@@ -25,9 +25,9 @@ from cppo_trl.plan import dry_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/README.md")])
-KINDS = ("python", "bash", "console", "yaml", "text", "{include}", "{toctree}", "{eval-rst}")
+KINDS = ("python", "bash", "console", "yaml", "text", "bibtex", "{include}", "{toctree}", "{eval-rst}")
 """What a block may be; `text` is what a program prints or a reader reads."""
-INLINE = re.compile(r"(python scripts/|python -m cppo_trl|make [a-z-]+$|accelerate launch |pip install )\S")
+INLINE = re.compile(r"python scripts/|python -m cppo_trl|make [a-z-]+( |$)|pip install \S")
 """Code within a line that is checked as a command."""
 OURS = re.compile(r"(configs|scripts|docs|tests|cppo_trl)/|constraints.*\.txt$|pyproject\.toml$")
 """Paths that belong to the repository."""
@@ -174,11 +174,9 @@ def check_pip(words):
 
 
 def check_hub(words):
-    command = hf
+    name, command = "hf", hf
     while isinstance(command, click.Group):
-        name = words.pop(0)
-        command = command.get_command(click.Context(command), name)
-        assert command, f"nobody knows hf {name}"
+        name, command, words = command.resolve_command(click.Context(command), words)
     command.make_context(name, words)
 
 
@@ -186,7 +184,8 @@ def check_server(words):
     """The options are those of the batch script, which is run with a stand-in for vLLM elsewhere."""
     assert words[0] == "serve"
     known = (ROOT / "configs/slurm/train-with-server.sbatch").read_text()
-    assert all(f"{word} " in known for word in words if word.startswith("--"))
+    for word in words:
+        assert not word.startswith("--") or re.search(rf"{word}\b", known), f"the batch script has no {word}"
 
 
 def check_tracker(words):

@@ -23,11 +23,21 @@ SMALL = {**SMALL_RUN, "max_steps": 2, "per_device_train_batch_size": 8, "max_com
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def save_tiny(directory):
+class ShortConfig(CPPOConfig):
+    """Two small updates, whatever the program asks for."""
+
+    def __init__(self, *args, **fields):
+        super().__init__(*args, **{**fields, **SMALL})
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model")
     tiny_model(tie_word_embeddings=True).save_pretrained(directory)
     tokenizer = arithmetic.tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(directory)
+    return directory
 
 
 @pytest.fixture
@@ -42,7 +52,8 @@ def desk(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [{"question": "1+2?", "answer": {"final": "3"} if name == "mine.jsonl" else "One.\n#### 3"}]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shutil.copy(ROOT / "configs/quickstart/cppo.yaml", tmp_path / "my-recipe.yaml")
+    for name in ("my-recipe.yaml", "FILE.yaml"):
+        shutil.copy(ROOT / "configs/quickstart/cppo.yaml", tmp_path / name)
     (tmp_path / "prepare.yaml").write_text("template: boxed\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -50,22 +61,17 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trained(desk, hub, monkeypatch, make_trainer):  # noqa: F811
+def trained(desk, tiny_directory, hub, monkeypatch):  # noqa: F811
     """The same after the reader's runs, with tiny models and datasets on the Hub, and training made short."""
-    save_tiny(desk / "outputs/quickstart")
+    shutil.copytree(tiny_directory, desk / "outputs/quickstart")
     for name in MODELS:
         repository = hub / f"models--{name.replace('/', '--')}"
-        save_tiny(repository / "snapshots/0")
+        shutil.copytree(tiny_directory, repository / "snapshots/0")
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0")
     (desk / "outputs/x").mkdir()
     loss, batch = torch.tensor(torch.nan), {"advantages": torch.zeros(2)}
     save_batch(desk / "outputs/x/nonfinite-update-41-process-0.pt", [(loss, batch)], update=41)
-
-    class ShortConfig(CPPOConfig):
-        def __init__(self, *args, **fields):
-            super().__init__(*args, **{**fields, **SMALL})
-
     from_disk = datasets.load_dataset
 
     def load_dataset(name, *args, **options):

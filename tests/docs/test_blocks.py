@@ -60,7 +60,7 @@ def test_blocks(page, trained, make_trainer):
     [
         ("python scripts/train.py --config configs/quickstart/cppo.yaml --cppo_detla 1", "cppo_detla"),
         ("python scripts/train.py --config configs/quickstart/gone.yaml", "there is no configs/quickstart/gone.yaml"),
-        ("python scripts/evaluate.py --modle x", "modle"),
+        ("python scripts/evaluate.py --model x --tempature 1", "tempature"),
         ("accelerate launch --config_file configs/accelerate/ddp.yaml --cpus scripts/train.py", "unrecognized|2"),
         ("make quickstrat", "quickstrat"),
         ("pip install 'cppo-trl[extra]'", "no extra"),
