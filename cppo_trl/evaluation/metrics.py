@@ -41,7 +41,7 @@ class Record:
 
     @property
     def excluded(self) -> bool:
-        """Whether the problem does not count, as the reward gave no score to some sample: it does so for a bad gold."""
+        """Whether the problem does not count, as the reward gave no score to some sample, such as for a bad gold."""
         return None in self.scores
 
 
