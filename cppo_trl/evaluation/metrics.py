@@ -41,11 +41,7 @@ class Record:
 
     @property
     def excluded(self) -> bool:
-<<<<<<< HEAD
         """Whether the problem does not count: the reward gave no score to some sample, as it does for a bad gold."""
-=======
-        """Whether the problem does not count, as the reward gave no score to some sample, such as for a bad gold."""
->>>>>>> docs-site
         return None in self.scores
 
 
