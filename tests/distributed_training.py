@@ -3,6 +3,7 @@
 Run by ``test_distributed.py`` through ``accelerate launch``, and in its own process for the comparison.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -191,3 +192,4 @@ def main(layout, model, directory):
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    os._exit(0)  # torch's threads now and then abort the end of a process that has done its work

@@ -1,5 +1,7 @@
 """Top-K off a head that torch's FSDP2 shards over two gloo processes, against the whole model; run by torchrun."""
 
+import os
+
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -51,3 +53,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # torch's threads now and then abort the end of a process that has done its work

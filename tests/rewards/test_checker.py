@@ -49,6 +49,7 @@ def start_script(body, **kwargs):
         import os, signal, sys, threading, time
         from cppo_trl.rewards import accuracy_reward
         from cppo_trl.rewards.checker import shared_checker
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         def say_pids():
             print(*(child.process.pid for child in shared_checker()._children), flush=True)
         accuracy_reward([r"\\boxed{1/3}", r"\\boxed{1/4}"] * 50, ["1/2"] * 100)
