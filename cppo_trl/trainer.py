@@ -1,12 +1,13 @@
 """`CPPOTrainer`: the narrow seam between the trust region and TRL's `GRPOTrainer`.
 
 TRL computes -ρ_t Â_t per token, multiplies it by the result of `get_off_policy_mask` and aggregates. With its clip
-range set to infinity, that hook is all a trust region needs. Three methods are wrapped, none is copied:
+range set to infinity, that hook is all a trust region needs. Four methods are wrapped, none is copied:
 
 1. `_generate_and_score_completions`: the engine's log-probs, where there are any, become the anchor log μ.
 2. `_get_per_token_logps_and_entropies`: inside the loss, once log π is known, the anchor is made safe to divide by.
    Top-K is read off here, and with vLLM TRL's own pass over the rollout is left out.
 3. `get_off_policy_mask`: the rule; its weight and its metrics.
+4. `_compute_loss`: hands the batch to the two above, checks that the rule was applied once, logs its record.
 """
 
 import inspect

@@ -45,7 +45,8 @@ def position_weights(mask: Tensor, w_min: float, order: Tensor | None = None) ->
 def masked_quantile(values: Tensor, mask: Tensor, quantile: float) -> Tensor:
     """Quantile of each row over its masked-in values, interpolated as ``torch.quantile`` does; NaN for empty rows.
 
-    Unlike ``torch.quantile`` it takes rows of different length and has no limit on the number of elements.
+    Unlike ``torch.quantile`` it takes rows of different length, has no limit on the number of elements, and orders NaN
+    after all numbers.
 
     Args:
         values: ``(B, T)``.
@@ -59,7 +60,7 @@ def masked_quantile(values: Tensor, mask: Tensor, quantile: float) -> Tensor:
     count = mask.sum(-1, keepdim=True)
     rank = (count - 1).clamp(min=0).float() * quantile
     # one selection serves all rows: so many unused places go below a row's values that its rank is that of a full row
-    common = int(torch.tensor(length - 1.0) * quantile)
+    common = int(torch.tensor(length - 1.0, device="cpu") * quantile)
     unused = torch.where((~mask).float().cumsum(-1) <= common - rank.floor(), -torch.inf, torch.inf)
     filled = values.float().where(mask, unused)
     low = filled.kthvalue(common + 1, -1, keepdim=True).values
@@ -179,7 +180,7 @@ def cppo_mask(
     token of the response, kept or masked.
 
     Args:
-        divergence: ``(B, T)`` D_t >= 0.
+        divergence: ``(B, T)`` D_t >= 0, finite on the response's tokens.
         advantages: ``(B,)``, ``(B, 1)`` or ``(B, T)``.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the response's tokens.
@@ -212,7 +213,8 @@ def cppo_soft_weight(
 ) -> Tensor:
     """The soft gate, Eq. (19) and (20): 1 toward the rollout policy, else min(1, 1/x_t).
 
-    x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 exactly where `cppo_mask` keeps the token.
+    x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 where `cppo_mask` keeps the token, up to
+    rounding.
     Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
     """
     prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)

@@ -205,7 +205,7 @@ class Bench:
 
 
 def rule_inputs(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """D_t, advantages, log ρ_t and the mask of responses of a quarter of the length to all of it."""
+    """Binary D_t, advantages, log ρ_t and the mask of responses of a quarter of the length to all of it."""
     g = torch.Generator().manual_seed(0)
     rollout_logps = -2 * torch.rand(rows, length, generator=g)
     logps = (rollout_logps + 0.05 * torch.randn(rows, length, generator=g)).clamp(max=0.0)
@@ -238,7 +238,7 @@ def rule(repeats: int, rows: int = 64, length: int = 16_384) -> list[Row]:
         "of it, the quantile": lambda: masked_quantile(divergence, mask, 0.9),
         "for comparison: a sort": lambda: divergence.sort(-1),
         "loop over responses, by quantile": over_responses,
-        "Binary TV": lambda: binary_tv(log_ratio, divergence),
+        "Binary TV": lambda: binary_tv(log_ratio, divergence),  # any two tensors of that size
         "record of the metrics": lambda: loss_record(*inputs, verdict),
     }
     return compare(f"rule alone, {rows} x {length}", variants, repeats)
@@ -319,15 +319,15 @@ def main() -> None:
     arguments = parser.parse_args()
     costs, accuracies = measure(arguments)
     machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    model = f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocabulary}"
-    print(f"\n{machine}; {model}; {arguments.rows} x {arguments.length} tokens\n")
+    model = f"model: {arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocabulary}"
+    print(f"\n{machine}; {model}; batch: {arguments.rows} x {arguments.length} tokens\n")
     print("| | | seconds | time, ratio to the first (95 %) | peak MiB | ratio |\n|---|---|---|---|---|---|")
     for row in costs:
         memory = f"{row['peak_bytes'] / 2**20:.0f} | {row['peak_ratio']:.3f}" if "peak_bytes" in row else "|"
         interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
         print(f"| {row['part']} | {row['variant']} | {row['seconds']:.4g} | {interval} | {memory} |")
     if accuracies:
-        print("\n| precision | way | mean error of D_t | p99 | max |\n|---|---|---|---|---|")
+        print("\nOn the CPU:\n\n| precision | way | mean error of D_t | p99 | max |\n|---|---|---|---|---|")
     for row in accuracies:
         print(f"| {row['precision']} | {row['way']} | {row['mean']:.1e} | {row['p99']:.1e} | {row['max']:.1e} |")
     arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def main() -> None:
     ):
         top.vlines(position[tokens], 0, weighted[tokens], color=color, linewidth=2.5, label=label)
     top.plot(position, prefix.threshold[0].clamp(min=0), color="black", linewidth=1.5, label="CPPO's limit $c_t$")
-    top.axhline(DELTA, color=GREY, linestyle="--", linewidth=1, label="δ, DPPO's limit on $D_t$")
+    top.plot(position, DELTA * prefix.weights[0], color=GREY, linestyle="--", linewidth=1, label="DPPO's: $D_t ≤ δ$")
     top.set(
         ylabel="$w_t D_t$",
         ylim=(0, 0.24),

@@ -132,8 +132,9 @@ def test_a_run_and_its_line(tmp_path, stale):
 
 def line(method, seed, accuracy, setting="a", start=0.4):
     evaluations = [[0, start, 0.1, 0.5], *([i + 1, x, 0.1, 0.5] for i, x in enumerate(accuracy))]
-    series = {name: [0.5, 0.25] for name in ("masked", "masked_by_threshold", "masked_by_budget", "length")}
-    profile = {name: [1.0] * 20 for name in ("tokens", "active", "masked_by_threshold", "masked_by_budget")}
+    series = {"length": [0.5, 0.25], "weight": [0.5, None, 0.75]}  # no token had an advantage in the second rollout
+    sums = {"tokens": 5.0, "active": 4.0, "masked_by_threshold": 1.0, "masked_by_budget": 0.5}
+    profile = {name: [value] * 20 for name, value in sums.items()}
     return {
         "method": method,
         "seed": seed,
@@ -177,7 +178,7 @@ def test_table_and_figures(tmp_path):
     ]
     assert all(p.stat().st_size > 100 for p in written)
     text = written[0].read_text()
-    assert "| cppo | 3 | 0.600 ± 0.248 | 0.400 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 | 0 of 3 | 37.50 % |" in text
+    assert "| cppo | 3 | 0.600 ± 0.248 | 0.400 ± 0.000 | +0.000 ± 0.000 | +0.000 ± 0.000 | 0 of 3 | 37.50 % | 25.00 %, 12.50 % | 0.625 |" in text
     assert "**b**, warm start 0.400" in text
     assert report.write_report([], tmp_path, "y") == []
 

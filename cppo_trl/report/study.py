@@ -66,17 +66,20 @@ def table(lines: Lines) -> str:
         start = next(iter(methods.values()))[0]["evaluations"][0][1]
         baselines = [name for name in BASELINES if name in methods]
         head = ["method", "runs", "best avg@16", "last avg@16"]
-        head += [f"best - {name}" for name in baselines] + ["collapsed", "tokens masked", "by threshold, budget"]
+        head += [f"best - {name}" for name in baselines]
+        head += ["collapsed", "tokens masked", "by threshold, budget", "mean weight"]
         rows = []
         for method, runs in sorted(methods.items(), key=lambda item: -np.mean([best(run) for run in item[1]])):
             row = [method, str(len(runs)), _pm(*confidence_interval([best(run) for run in runs]))]
             row.append(_pm(*confidence_interval([final(run) for run in runs])))
             for name in baselines:
-                mean, half, _ = paired_difference(runs, methods[name], best)
-                row.append("" if name == method else _pm(mean, half, sign="+"))
+                mean, half, pairs = paired_difference(runs, methods[name], best)
+                seeds = "" if pairs == len(runs) else f" ({pairs} seeds)"
+                row.append("" if name == method or not pairs else _pm(mean, half, sign="+") + seeds)
             row.append(f"{sum(map(collapsed, runs))} of {len(runs)}")
-            shares = [_percent(runs, name) for name in ("masked", "masked_by_threshold", "masked_by_budget")]
-            row += [shares[0], f"{shares[1]}, {shares[2]}"]
+            shares = [_masked_share(runs, name) for name in ("masked_by_threshold", "masked_by_budget")]
+            row += [f"{100 * sum(shares):.2f} %", f"{100 * shares[0]:.2f} %, {100 * shares[1]:.2f} %"]
+            row.append(f"{np.mean([x for run in runs for x in run['weight'] if x is not None]):.3f}")
             rows.append("| " + " | ".join(row) + " |")
         parts += [f"**{setting}**, warm start {start:.3f}", "", "| " + " | ".join(head) + " |"]
         parts += ["|" + "---|" * len(head), *rows, ""]
@@ -88,8 +91,10 @@ def _pm(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def _percent(runs: Lines, name: str) -> str:
-    return f"{100 * np.mean([np.mean([x or 0.0 for x in run[name]]) for run in runs]):.2f} %"
+def _masked_share(runs: Lines, name: str) -> float:
+    """Of the tokens with an advantage, over all runs."""
+    masked, active = (math.fsum(x for run in runs for x in run["profile"][key]) for key in (name, "active"))
+    return masked / max(active, 1.0)
 
 
 def write_report(lines: Lines, directory: Path, name: str) -> list[Path]:
@@ -138,19 +143,18 @@ def _panels(
     return figure
 
 
-def _styles(groups: Mapping[str, Mapping[str, Lines]]) -> dict[str, tuple[str, str]]:
+def _styles(groups: Mapping[str, Mapping[str, Lines]]) -> dict[str, tuple[Any, str]]:
     """Colour and line of each method, the same in all settings."""
     methods = dict.fromkeys(method for setting in groups.values() for method in setting)
-    return {method: (f"C{i % 10}", "-" if i < 10 else "--") for i, method in enumerate(methods)}
+    colors = [*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"]]
+    return {method: (colors[i % len(colors)], "-" if i < 10 else "--") for i, method in enumerate(methods)}
 
 
 def _scores(groups: Mapping[str, Mapping[str, Lines]]) -> Figure:
     """Every run's best accuracy as a dot; their mean and its 95 % interval."""
-    figure = Figure(
-        figsize=(3.2 * len(groups) + 1.5, 0.28 * max(map(len, groups.values())) + 1.4), layout="constrained"
-    )
     styles = _styles(groups)
     names = list(styles)
+    figure = Figure(figsize=(3.2 * len(groups) + 1.5, 0.28 * len(names) + 1.4), layout="constrained")
     panels = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
     for axes, (setting, methods) in zip(panels, groups.items(), strict=True):
         for method, runs in methods.items():
@@ -166,23 +170,23 @@ def _scores(groups: Mapping[str, Mapping[str, Lines]]) -> Figure:
     return figure
 
 
-def _draw_accuracy(axes: Any, method: str, runs: Lines, color: str, style: str) -> None:
+def _draw_accuracy(axes: Any, method: str, runs: Lines, color: Any, style: str) -> None:
     rollouts = [point[0] for point in runs[0]["evaluations"]]
     _band(axes, rollouts, np.array([[p[1] for p in run["evaluations"]] for run in runs]), method, color, style)
 
 
-def _draw_length(axes: Any, method: str, runs: Lines, color: str, style: str) -> None:
+def _draw_length(axes: Any, method: str, runs: Lines, color: Any, style: str) -> None:
     lengths = np.array([run["length"] for run in runs], dtype=float)
     _band(axes, np.arange(1, lengths.shape[1] + 1), lengths, method, color, style)
 
 
-def _band(axes: Any, x: Any, values: Any, label: str, color: str, style: str) -> None:
+def _band(axes: Any, x: Any, values: Any, label: str, color: Any, style: str) -> None:
     axes.plot(x, values.mean(0), style, color=color, label=label, linewidth=1.5)
     if len(values) > 1:
         axes.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
 
 
-def _draw_masks(axes: Any, method: str, runs: Lines, color: str, style: str) -> None:
+def _draw_masks(axes: Any, method: str, runs: Lines, color: Any, style: str) -> None:
     names = ("active", "masked_by_threshold", "masked_by_budget")
     profile = {name: np.sum([run["profile"][name] for run in runs], axis=0) for name in names}
     active = np.maximum(profile["active"], 1)
