@@ -94,8 +94,7 @@ def train(
     """Train, and save model, log, curves and card to ``config.output_dir``; `cppo_trl.hub.push` uploads them.
 
     ``resume_from_checkpoint`` may be a path, or ``True`` for the last complete checkpoint in ``output_dir`` and a new
-    start where there is none. Callbacks are added to the trainer's own, of which those of the types in
-    ``drop_callbacks`` are removed.
+    start where there is none. Callbacks are added to the trainer's own; those of the types ``drop_callbacks`` leave.
 
     Returns:
         The trainer, with its model and its log history.
@@ -113,15 +112,9 @@ def train(
     evaluation = _evaluation(script, config)
     data = _load(script, mixture)
     evaluating = config.eval_strategy != "no"
-    for split in [script.dataset_train_split, *([script.dataset_test_split] if evaluating else [])]:
-        _check_split(data, split)
+    _check_splits(data, script, evaluating)
     require_repository(config)
-    loading = {
-        "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
-        "dtype": model.dtype,
-    }
-    config.model_init_kwargs = loading | (config.model_init_kwargs or {})
+    config.model_init_kwargs = _loading(model) | (config.model_init_kwargs or {})
     trainer = CPPOTrainer(
         model.model_name_or_path,
         rewards,
@@ -133,10 +126,14 @@ def train(
         peft_config=get_peft_config(model),
     )
     trainer.dataset_names = [dataset.path for dataset in mixture.datasets] or [script.dataset_name]
-    trainer.command = command_line(sys.argv)
     benchmarks = EvaluationCallback(trainer, *evaluation, every=script.eval_every) if evaluation else None
     _run(trainer, resume, benchmarks, drop_callbacks)
     return trainer
+
+
+def _loading(model: ModelConfig) -> dict[str, Any]:
+    revision, dtype, attention = model.model_revision, model.dtype, model.attn_implementation
+    return {"revision": revision, "dtype": dtype, "attn_implementation": attention}
 
 
 def _run(
@@ -145,6 +142,7 @@ def _run(
     benchmarks: EvaluationCallback | None,
     drop_callbacks: Sequence[type[TrainerCallback]],
 ) -> None:
+    trainer.command = command_line(sys.argv)
     if benchmarks:
         trainer.add_callback(benchmarks)
     trainer.add_callback(ReportFailedPushes(trainer))
@@ -217,6 +215,12 @@ def _load(script: CPPOScriptArguments, mixture: DatasetMixtureConfig) -> Any:
     if os.path.exists(os.path.join(script.dataset_name, "dataset_dict.json")):
         return load_from_disk(script.dataset_name)
     return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
+
+
+def _check_splits(data: Any, script: CPPOScriptArguments, evaluating: bool) -> None:
+    _check_split(data, script.dataset_train_split)
+    if evaluating:
+        _check_split(data, script.dataset_test_split)
 
 
 def _check_split(data: Any, split: str) -> None:

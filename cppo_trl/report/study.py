@@ -213,7 +213,10 @@ def _final_against_updates(lines: Lines) -> Figure:
             updates = sorted(by_updates)
             intervals = np.array([confidence_interval(by_updates[u]) for u in updates])
             axes.errorbar(updates, intervals[:, 0], intervals[:, 1], color=styles[method][0], label=method, capsize=3)
-    axes.set(xlabel="updates per rollout", ylabel="last held-out avg@16", xscale="log")
+    axes.set(xlabel="updates per rollout", ylabel="last held-out avg@16", xscale="log", ylim=(0, 1))
+    ticks = sorted({updates for by_updates in points.values() for updates in by_updates})
+    axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     return figure
