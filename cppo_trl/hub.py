@@ -17,7 +17,7 @@ def require_repository(config: CPPOConfig) -> None:
     """With ``push_to_hub``, make the repository, or find it: a token that may not write is found out here.
 
     Raises:
-        ValueError: if the Hub cannot be reached or refuses.
+        RunError: if the Hub cannot be reached or refuses.
     """
     if not config.push_to_hub or config.process_index != 0:
         return
@@ -25,7 +25,7 @@ def require_repository(config: CPPOConfig) -> None:
     try:
         HfApi().create_repo(name, token=config.hub_token, private=config.hub_private_repo, exist_ok=True)
     except Exception as error:  # of the network, the token, the name, the offline mode
-        raise ValueError(
+        raise RunError(
             f"push_to_hub: the repository {name!r} cannot be made or found ({_reason(error)}). Log in with `hf auth "
             "login`, set hub_model_id to user/name, or set push_to_hub to false and upload when the run has ended."
         ) from error

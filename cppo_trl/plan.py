@@ -237,9 +237,11 @@ def _missing_here(
     wanted |= dict.fromkeys(config.report_to, True)
     notes = [f"{name} is not installed here" for name, needed in wanted.items() if needed and not _installed(name)]
     if config.bf16 and not config.use_cpu and not bf16_here:
-        notes.append("bf16=true, and no GPU here knows it: the machine that trains must")
+        notes.append("bf16=true, which no GPU here supports: the machine that trains must")
     if not mixture.datasets and not os.path.exists(script.dataset_name or ""):
-        notes.append(f"dataset_name={script.dataset_name!r} is no directory here: it would be asked of the Hub")
+        notes.append(
+            f"dataset_name={script.dataset_name!r} is no directory here: sought on the Hub, or made by prepare_data.py"
+        )
     if not config.updates_per_rollout.is_integer():
         notes.append(f"{config.updates_per_rollout:g} updates per rollout: some updates span two rollouts")
     return notes

@@ -102,7 +102,7 @@ def train(
     Raises:
         ValueError: if no dataset, model or reward is named, a dataset lacks a column, or ``output_dir`` cannot be
             written to or holds checkpoints of an earlier run that ``resume_from_checkpoint`` does not go on with.
-        RunError: if the loss or a weight is not finite, or saving fails.
+        RunError: if the Hub refuses, the loss or a weight is not finite, or saving fails.
     """
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")

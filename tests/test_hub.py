@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cppo_trl.checkpoints import RunError
 from cppo_trl.model_card import command_line
 from cppo_trl.training import parse_arguments, train
 from tests.hub_server import running_hub
@@ -91,7 +92,7 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(hub, task):  # 
 
 def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):  # noqa: F811
     arguments = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model", "--push_to_hub"]
-    with pytest.raises(ValueError, match=r"push_to_hub: the repository 'out' cannot be made or found .Offline"):
+    with pytest.raises(RunError, match=r"push_to_hub: the repository 'out' cannot be made or found .Offline"):
         train(*parse_arguments(arguments))
 
 

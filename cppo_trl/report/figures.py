@@ -1,4 +1,4 @@
-"""The report's pictures, and training curves, as PNG. Needs matplotlib (``pip install cppo-trl[plots]``)."""
+"""The report's pictures, and training curves, as PNG. Needs matplotlib (the extra ``plots``)."""
 
 import math
 from collections.abc import Mapping, Sequence

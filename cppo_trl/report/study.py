@@ -1,4 +1,4 @@
-"""Tables and figures of a study, from its JSON lines. Needs matplotlib and scipy (``pip install cppo-trl[study]``)."""
+"""Tables and figures of a study, from its JSON lines. Needs matplotlib and scipy (the extra ``study``)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
