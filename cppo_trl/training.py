@@ -132,8 +132,12 @@ def train(
 
 
 def _loading(model: ModelConfig) -> dict[str, Any]:
-    revision, dtype, attention = model.model_revision, model.dtype, model.attn_implementation
-    return {"revision": revision, "dtype": dtype, "attn_implementation": attention}
+    """Of `trl.ModelConfig`, what ``from_pretrained`` takes."""
+    return {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
 
 
 def _run(

@@ -110,10 +110,20 @@ def injected_batch(model, rows=8, length=COMPLETION, seed=0, noise=0.3, prompt_l
     }
 
 
-def full_logps(model, batch, temperature=1.0):
-    """log π of the completion tokens from full logits: independent of TRL's fused head."""
+def full_log_softmax(model, batch, temperature=1.0, bf16=False, fp32_head=False):
+    """log π over the whole vocabulary, (B, T, V), from full logits: independent of TRL's fused head."""
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    logits = model(input_ids=ids, attention_mask=attention).logits[:, batch["prompt_ids"].size(1) - 1 : -1]
-    logps = (logits.float() / temperature).log_softmax(-1)
-    return logps.gather(-1, batch["completion_ids"][..., None])[..., 0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        if fp32_head:
+            hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state
+        else:
+            logits = model(input_ids=ids, attention_mask=attention).logits
+    if fp32_head:
+        logits = hidden.float() @ model.lm_head.weight.T
+    return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].float() / temperature).log_softmax(-1)
+
+
+def full_logps(model, batch, temperature=1.0):
+    """log π of the completion tokens."""
+    return full_log_softmax(model, batch, temperature).gather(-1, batch["completion_ids"][..., None])[..., 0]

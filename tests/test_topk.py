@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from cppo_trl import CPPOTrainer, policy_topk
-from tests.conftest import COMPLETION, VOCABULARY, full_logps, injected_batch, tiny_data, tiny_model
+from tests.conftest import COMPLETION, VOCABULARY, full_log_softmax, full_logps, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile, reduced
 from tests.test_trainer import gradients
 
@@ -49,20 +49,6 @@ CASES += [
 ]
 
 
-def full_log_softmax(model, batch, temperature, bf16=False, fp32_head=False):
-    """log π over the whole vocabulary, (B, T, V)."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bool(bf16)):
-        if fp32_head:
-            hidden = model.model(input_ids=ids, attention_mask=attention).last_hidden_state
-        else:
-            logits = model(input_ids=ids, attention_mask=attention).logits
-    if fp32_head:
-        logits = hidden.float() @ model.lm_head.weight.T
-    return (logits[:, batch["prompt_ids"].size(1) - 1 : -1].float() / temperature).log_softmax(-1)
-
-
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     """Through rollout, shuffle, split, accumulation and updates, against two models run in full."""
@@ -75,7 +61,10 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     seen, compared = [], []
 
     def log_softmax(model, batch):
-        return full_log_softmax(model, batch, temperature, fields.get("bf16"), fields.get("cast_lm_head_to_fp32"))
+        with torch.no_grad():
+            return full_log_softmax(
+                model, batch, temperature, fields.get("bf16", False), fields.get("cast_lm_head_to_fp32", False)
+            )
 
     class Spy(CPPOTrainer):
         def _generate_and_score_completions(self, inputs):

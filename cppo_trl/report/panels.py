@@ -219,7 +219,7 @@ def _mean(part: Any, whole: Any) -> Any:
     return np.divide(part, whole, out=np.full(np.shape(part), np.nan), where=np.asarray(whole) > 0)
 
 
-def _positions(bins: int) -> list[float]:
+def positions(bins: int) -> list[float]:
     """The middles of the equal parts of a response."""
     return ((np.arange(bins) + 0.5) / bins).tolist()
 
@@ -239,7 +239,7 @@ def masked_by_cause(run: Run) -> Panel:
 def heat_maps(run: Run) -> list[HeatMap]:
     """Masked shares and mean divergence over training and relative position."""
     steps, sums = by_training_and_position(run)
-    position = _positions(len(sums["tokens"]))
+    position = positions(len(sums["tokens"]))
     maps = []
     for name, title, whole, label in (
         ("masked_by_threshold", "Masked by the threshold, by position", "active", "share"),
@@ -260,7 +260,7 @@ def prefix_averages(run: Run) -> Panel | None:
         return None
     steps, sums = by_training_and_position(run)
     parts = np.array_split(np.arange(sums["tokens"].shape[1]), min(_PHASES, sums["tokens"].shape[1]))
-    position = _positions(len(sums["tokens"]))
+    position = positions(len(sums["tokens"]))
     shades = ("#c6dbef", "#9ecae1", "#6baed6", "#3182bd", "#08519c")
     lines = []
     for i, part in enumerate(parts):

@@ -10,6 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
 
+from cppo_trl.report.panels import positions
+
 mpl.use("Agg")
 
 Line = Mapping[str, Any]
@@ -77,7 +79,9 @@ def table(lines: Lines) -> str:
                 seeds = "" if pairs == len(runs) else f" ({pairs} seeds)"
                 row.append("" if name == method or not pairs else _pm(mean, half, sign="+") + seeds)
             row.append(f"{sum(map(collapsed, runs))} of {len(runs)}")
-            shares = [_masked_share(runs, name) for name in ("masked_by_threshold", "masked_by_budget")]
+            profile = _profile(runs)
+            active = max(profile["active"].sum(), 1.0)
+            shares = [profile[name].sum() / active for name in ("masked_by_threshold", "masked_by_budget")]
             row += [f"{100 * sum(shares):.2f} %", f"{100 * shares[0]:.2f} %, {100 * shares[1]:.2f} %"]
             row.append(f"{np.mean([x for run in runs for x in run['weight'] if x is not None]):.3f}")
             rows.append("| " + " | ".join(row) + " |")
@@ -91,10 +95,10 @@ def _pm(mean: float, half: float, sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def _masked_share(runs: Lines, name: str) -> float:
-    """Of the tokens with an advantage, over all runs."""
-    masked, active = (math.fsum(x for run in runs for x in run["profile"][key]) for key in (name, "active"))
-    return masked / max(active, 1.0)
+def _profile(runs: Lines) -> dict[str, Any]:
+    """Tokens with an advantage, and those of them that were masked, by position, over all runs."""
+    names = ("active", "masked_by_threshold", "masked_by_budget")
+    return {name: np.sum([run["profile"][name] for run in runs], axis=0) for name in names}
 
 
 def write_report(lines: Lines, directory: Path, name: str) -> list[Path]:
@@ -187,13 +191,12 @@ def _band(axes: Any, x: Any, values: Any, label: str, color: Any, style: str) ->
 
 
 def _draw_masks(axes: Any, method: str, runs: Lines, color: Any, style: str) -> None:
-    names = ("active", "masked_by_threshold", "masked_by_budget")
-    profile = {name: np.sum([run["profile"][name] for run in runs], axis=0) for name in names}
+    profile = _profile(runs)
     active = np.maximum(profile["active"], 1)
     threshold, budget = profile["masked_by_threshold"] / active, profile["masked_by_budget"] / active
     if not (threshold + budget).any():
         return
-    position = (np.arange(len(active)) + 0.5) / len(active)
+    position = positions(len(active))
     axes.plot(position, threshold, "-", color=color, label=f"{method}, by threshold")
     if budget.any():
         axes.plot(position, budget, ":", color=color, label=f"{method}, by budget")

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import ExitStack
 from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
@@ -98,18 +99,17 @@ def run_until_parsed(run, words):
 
     parsers = ((argparse.ArgumentParser, "parse_args"), (TrlParser, "parse_args_and_config"))
     quiet = ("datasets.disable_progress_bars", "transformers.utils.logging.disable_progress_bar")
-    with mock.patch.dict(os.environ), mock.patch.object(sys, "argv", words):
-        patches = [mock.patch.object(kind, name, ending(getattr(kind, name))) for kind, name in parsers]
-        patches += [mock.patch(name) for name in quiet]
-        for patch in patches:
-            patch.start()
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.dict(os.environ))
+        patches.enter_context(mock.patch.object(sys, "argv", words))
+        for kind, name in parsers:
+            patches.enter_context(mock.patch.object(kind, name, ending(getattr(kind, name))))
+        for name in quiet:
+            patches.enter_context(mock.patch(name))
         try:
             run()
         except Parsed:
             return
-        finally:
-            for patch in patches:
-                patch.stop()
     raise AssertionError(f"{words[0]} did not read its command line")
 
 

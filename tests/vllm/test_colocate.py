@@ -11,7 +11,9 @@ import vllm._custom_ops
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import CPPOTrainer
-from tests.test_topk import LORA, reduced
+from tests.conftest import full_log_softmax
+from tests.reference import reduced
+from tests.test_topk import LORA
 
 TOLERANCE = 2e-5  # two fp32 implementations; bf16 would be off by 3e-2, stale weights by more
 
@@ -25,11 +27,8 @@ class Spy(CPPOTrainer):
 
     def full_logps(self, batch):
         """(B, T, V) log-softmax of the current policy at the completion tokens."""
-        ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-        attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         with torch.no_grad():
-            logits = self.model(input_ids=ids, attention_mask=attention).logits
-        return (logits[:, batch["prompt_ids"].size(1) - 1 : -1] / self.temperature).log_softmax(-1)
+            return full_log_softmax(self.model, batch, self.temperature)
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
