@@ -27,8 +27,8 @@ from cppo_trl.config import CPPOConfig
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import evaluate
 from cppo_trl.evaluation.generation import completion_of
+from cppo_trl.output.run_files import PROFILES, read_lines, whole_lines
 from cppo_trl.rewards import accuracy_reward
-from cppo_trl.run_files import PROFILES, read_lines, whole_lines
 from cppo_trl.trainer import CPPOTrainer
 
 SERIES = {

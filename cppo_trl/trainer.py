@@ -22,10 +22,8 @@ from torch import Tensor
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from cppo_trl.checkpoints import saving
 from cppo_trl.config import CPPOConfig
 from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, topk_tv
-from cppo_trl.host_checks import EngineCheck, check_arguments, check_hooks, check_server
 from cppo_trl.metrics import (
     add_records,
     count_nonfinite_loss,
@@ -34,11 +32,13 @@ from cppo_trl.metrics import (
     summarize,
     total_over_processes,
 )
-from cppo_trl.model_card import complete_card
-from cppo_trl.nonfinite import require_finite, stop
-from cppo_trl.policy_topk import EngineTopK, HeadTap, check_kernel
-from cppo_trl.run_files import append_profile, append_tokens, write_run
-from cppo_trl.tokens import token_records, token_table
+from cppo_trl.output.checkpoints import saving
+from cppo_trl.output.model_card import complete_card
+from cppo_trl.output.nonfinite import require_finite, stop
+from cppo_trl.output.run_files import append_profile, append_tokens, write_run
+from cppo_trl.output.tokens import token_records, token_table
+from cppo_trl.seam.checks import EngineCheck, check_arguments, check_hooks, check_server
+from cppo_trl.seam.topk import EngineTopK, HeadTap, check_kernel
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
 

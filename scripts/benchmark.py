@@ -40,8 +40,8 @@ from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from cppo_trl.divergence import binary_tv, topk_tv
 from cppo_trl.metrics import loss_record
-from cppo_trl.policy_topk import HeadTap
 from cppo_trl.rules import RULES
+from cppo_trl.seam.topk import HeadTap
 from cppo_trl.trust_region import cppo_mask, masked_quantile, prefix_budget
 
 K = 20

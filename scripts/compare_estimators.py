@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from cppo_trl import CPPOTrainer, training
+from cppo_trl import CPPOTrainer
 from cppo_trl.divergence import binary_kl, binary_tv
+from cppo_trl.launch import training
 from cppo_trl.trust_region import cppo_mask, prefix_budget
 
 

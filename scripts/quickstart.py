@@ -20,13 +20,13 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import TrlParser
 
-from cppo_trl.checkpoints import RunError
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Accuracy, evaluate
-from cppo_trl.hub import push
+from cppo_trl.launch.training import ARGUMENT_TYPES, train
+from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.hub import push
 from cppo_trl.report.figures import plot_curves
 from cppo_trl.rewards import accuracy_reward
-from cppo_trl.training import ARGUMENT_TYPES, train
 
 
 @dataclass

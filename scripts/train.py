@@ -4,7 +4,7 @@
     accelerate launch scripts/train.py --config configs/quickstart/cppo.yaml --learning_rate 5e-5
 
 Fields of the recipe are those of `cppo_trl.CPPOConfig`, `trl.ModelConfig`, `trl.DatasetMixtureConfig` and
-`cppo_trl.training.CPPOScriptArguments`; the command line wins over the file, and unknown fields are refused.
+`cppo_trl.launch.training.CPPOScriptArguments`; the command line wins over the file, and unknown fields are refused.
 
     python scripts/train.py --dry_run --config FILE.yaml --accelerate_config configs/accelerate/fsdp2.yaml \
         --num_processes 4 --gpu_memory_gb 80
@@ -16,10 +16,10 @@ options are optional.
 import gc
 import sys
 
-from cppo_trl.checkpoints import RunError
-from cppo_trl.hub import push
-from cppo_trl.plan import dry_run
-from cppo_trl.training import parse_arguments, train
+from cppo_trl.launch.plan import dry_run
+from cppo_trl.launch.training import parse_arguments, train
+from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.hub import push
 
 
 def main() -> None:

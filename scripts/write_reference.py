@@ -14,9 +14,9 @@ from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
 from cppo_trl.config import RANGES, CPPOConfig
 from cppo_trl.data.prepare import PrepareArguments
 from cppo_trl.evaluation.command import EvaluationArguments
-from cppo_trl.plan import dry_run_parser
+from cppo_trl.launch.plan import dry_run_parser
+from cppo_trl.launch.training import CPPOScriptArguments
 from cppo_trl.rules import ESTIMATORS, RULES
-from cppo_trl.training import CPPOScriptArguments
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/configuration.md"

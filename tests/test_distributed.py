@@ -110,4 +110,4 @@ def test_no_process_waits_for_the_reward_workers_of_another(two_processes):
 
 def test_topk_sees_the_whole_of_a_sharded_head():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*command, "-m", "tests.sharded_head"], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)
+    subprocess.run([*command, "-m", "tests.seam.sharded_head"], check=True, cwd=ROOT, env=ENVIRONMENT, timeout=120)

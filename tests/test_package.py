@@ -22,7 +22,8 @@ def test_wheel_installs_and_imports(tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import cppo_trl; "
         "assert 'torch' not in sys.modules; "  # the rewards' workers rely on it
-        "from cppo_trl import CPPOConfig, CPPOTrainer; import cppo_trl.training, cppo_trl.rewards, cppo_trl.report; "
+        "from cppo_trl import CPPOConfig, CPPOTrainer; "
+        "import cppo_trl.launch.training, cppo_trl.rewards, cppo_trl.report; "
         "print(cppo_trl.__file__, CPPOTrainer._name)"
     )
     imported = python("-c", program, cwd=tmp_path)

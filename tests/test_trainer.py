@@ -9,7 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import cppo_trl.trainer as seam
 from cppo_trl import CPPOConfig, CPPOTrainer
-from cppo_trl.host_checks import check_server
+from cppo_trl.seam.checks import check_server
 from tests.conftest import COMPLETION, full_logps, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile
 

@@ -151,7 +151,7 @@ class Summary:
 
 
 def prepare(args: PrepareArguments) -> Summary:
-    """Write ``args.output_dir``, for `cppo_trl.training` or `datasets.load_from_disk`, and return what is in it.
+    """Write ``args.output_dir``, which `datasets.load_from_disk` reads, and return what is in it.
 
     The directory appears when it is complete; ``summary.json`` in it says where everything came from. A run that was
     interrupted finds its finished steps in the cache of `datasets`.

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from plotly.offline import get_plotlyjs
 
+from cppo_trl.output.run_files import FATES
 from cppo_trl.report import figures, interactive
 from cppo_trl.report.panels import (
     FATE_COLOURS,
@@ -22,7 +23,6 @@ from cppo_trl.report.panels import (
     token_plot,
 )
 from cppo_trl.report.runs import Group, Run, grouped
-from cppo_trl.run_files import FATES
 
 _TOKEN_COLUMNS = ("divergence", "position_weight", "threshold", "average", "ratio", "weight")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from cppo_trl.output.run_files import FATES
 from cppo_trl.report.runs import Group, Run
-from cppo_trl.run_files import FATES
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")  # Okabe and Ito
 FATE_COLOURS = dict(

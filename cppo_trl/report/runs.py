@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cppo_trl.run_files import PROFILES, RUN, TOKENS, read_lines
+from cppo_trl.output.run_files import PROFILES, RUN, TOKENS, read_lines
 
 _STATE = "trainer_state.json"
 _BOOKKEEPING = re.compile(

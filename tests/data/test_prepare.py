@@ -11,8 +11,8 @@ from trl import TrlParser
 from cppo_trl.data import arithmetic, filters
 from cppo_trl.data.prepare import PrepareArguments, prepare
 from cppo_trl.data.sources import SourceUnavailableError, load_source
+from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.rewards import AccuracyReward
-from cppo_trl.training import parse_arguments, train
 from tests.conftest import SMALL_RUN, tiny_model
 from tests.data.conftest import local_copy, write_rows
 

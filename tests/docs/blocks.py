@@ -22,7 +22,7 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from trl import TrlParser
 
-from cppo_trl.plan import dry_run
+from cppo_trl.launch.plan import dry_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/README.md")])

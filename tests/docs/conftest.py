@@ -10,7 +10,7 @@ import torch
 
 from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
-from cppo_trl.nonfinite import save_batch
+from cppo_trl.output.nonfinite import save_batch
 from tests.conftest import SMALL_RUN, tiny_model
 from tests.data.conftest import caches, hub  # noqa: F401  (fixtures)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cppo_trl.training import ARGUMENT_TYPES
+from cppo_trl.launch.training import ARGUMENT_TYPES
 from tests.docs.blocks import KINDS, PAGES, ROOT, blocks, check_command, commands
 
 FIELDS = {name for kind in ARGUMENT_TYPES for name in kind.__dataclass_fields__}

@@ -16,9 +16,9 @@ import trl.trainer.grpo_config
 import cppo_trl
 from cppo_trl.evaluation.metrics import Record, benchmark_metrics
 from cppo_trl.metrics import loss_record, position_profile, summarize
+from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.rewards import math
 from cppo_trl.rules import RULES
-from cppo_trl.tokens import token_records, token_table
 from tests.test_rules import parameters_of
 
 ROOT = Path(__file__).parents[2]

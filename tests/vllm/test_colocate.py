@@ -13,7 +13,7 @@ from trl import GRPOConfig, GRPOTrainer
 from cppo_trl import CPPOTrainer
 from tests.conftest import full_log_softmax
 from tests.reference import reduced
-from tests.test_topk import LORA
+from tests.seam.test_topk import LORA
 
 TOLERANCE = 2e-5  # two fp32 implementations; bf16 would be off by 3e-2, stale weights by more
 

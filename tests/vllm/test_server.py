@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cppo_trl import CPPOTrainer
-from cppo_trl.host_checks import check_server
+from cppo_trl.seam.checks import check_server
 from tests.vllm.test_colocate import SCHEDULE, Spy, check_run, check_topk
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from trl import DatasetMixtureConfig, ModelConfig
 
 from cppo_trl.config import CPPOConfig
-from cppo_trl.memory import (
+from cppo_trl.launch.memory import (
     GIB,
     MODEL_SHAPES,
     OVERHEAD,
@@ -25,7 +25,7 @@ from cppo_trl.memory import (
     estimate,
     vllm_minimum,
 )
-from cppo_trl.training import CPPOScriptArguments, import_reward, parse_arguments
+from cppo_trl.launch.training import CPPOScriptArguments, import_reward, parse_arguments
 
 PROMPT_TOKENS = 1024
 """Longest prompt where ``vllm_max_model_length`` does not tell it: the authors' limit."""
@@ -148,8 +148,8 @@ def make_plan(
     plan.problems += _problems(script, config, model, layout, shape)
     if shape is None:
         plan.notes.append(
-            f"memory is not estimated: the shape of {model.model_name_or_path!r} is neither in cppo_trl.memory nor in "
-            "a local directory"
+            f"memory is not estimated: the shape of {model.model_name_or_path!r} is neither in "
+            "cppo_trl.launch.memory nor in a local directory"
         )
     elif model.load_in_4bit or model.load_in_8bit:
         plan.notes.append("memory is not estimated: the weights are quantised")

@@ -9,8 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers import TrainerCallback
 
-from cppo_trl.checkpoints import RunError
 from cppo_trl.config import CPPOConfig
+from cppo_trl.output.checkpoints import RunError
 
 
 def require_repository(config: CPPOConfig) -> None:

@@ -9,10 +9,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
-from cppo_trl.training import parse_arguments, train
+from cppo_trl.launch.training import parse_arguments, train
 from tests.conftest import tiny_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPE = str(ROOT / "configs/quickstart/cppo.yaml")
 
 

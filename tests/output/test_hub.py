@@ -11,11 +11,11 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cppo_trl.checkpoints import RunError
-from cppo_trl.model_card import command_line
-from cppo_trl.training import parse_arguments, train
-from tests.hub_server import running_hub
-from tests.test_scripts import RECIPE, ROOT, launch, small_run, task  # noqa: F401 (a fixture)
+from cppo_trl.launch.training import parse_arguments, train
+from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.model_card import command_line
+from tests.launch.test_scripts import RECIPE, ROOT, launch, small_run, task  # noqa: F401 (a fixture)
+from tests.output.hub_server import running_hub
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from transformers.integrations import integration_utils
 
 import cppo_trl.trainer as seam
-from cppo_trl import tokens
+from cppo_trl.output import tokens
+from cppo_trl.output.run_files import FATES, append_profile, append_tokens, read_lines
+from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.rules import RULES
-from cppo_trl.run_files import FATES, append_profile, append_tokens, read_lines
-from cppo_trl.tokens import token_records, token_table
 from tests.conftest import tiny_data
 from tests.reference import algorithm_1
 from tests.test_rules import LIMITS, parameters_of

@@ -15,11 +15,11 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl.config import TRUST_REGIONS
-from cppo_trl.memory import GIB
-from cppo_trl.plan import config_elsewhere, dry_run, read_layout
+from cppo_trl.launch.memory import GIB
+from cppo_trl.launch.plan import config_elsewhere, dry_run, read_layout
 from tests.conftest import tiny_model
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("configs/*/*/*.yaml"))
 LAYOUTS = sorted(ROOT.glob("configs/accelerate/*.yaml"))
 

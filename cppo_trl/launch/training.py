@@ -21,11 +21,11 @@ from trl import (
     get_quantization_config,
 )
 
-from cppo_trl.checkpoints import ExactResume, TrainingFinished, checkpoint_to_resume, require_writable, saving
 from cppo_trl.config import CPPOConfig
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
-from cppo_trl.hub import ReportFailedPushes, require_repository
-from cppo_trl.model_card import CURVES, command_line
+from cppo_trl.output.checkpoints import ExactResume, TrainingFinished, checkpoint_to_resume, require_writable, saving
+from cppo_trl.output.hub import ReportFailedPushes, require_repository
+from cppo_trl.output.model_card import CURVES, command_line
 from cppo_trl.trainer import CPPOTrainer
 
 
@@ -91,7 +91,7 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     drop_callbacks: Sequence[type[TrainerCallback]] = (),
 ) -> CPPOTrainer:
-    """Train, and save model, log, curves and card to ``config.output_dir``; `cppo_trl.hub.push` uploads them.
+    """Train, and save model, log, curves and card to ``config.output_dir``; `cppo_trl.output.hub.push` uploads them.
 
     ``resume_from_checkpoint`` may be a path, or ``True`` for the last complete checkpoint in ``output_dir`` and a new
     start where there is none. Callbacks are added to the trainer's own; those of the types ``drop_callbacks`` leave.

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from cppo_trl.checkpoints import RunError, last_checkpoint
-from cppo_trl.nonfinite import MAX_RESPONSES, save_batch
+from cppo_trl.output.checkpoints import RunError, last_checkpoint
+from cppo_trl.output.nonfinite import MAX_RESPONSES, save_batch
 from tests.conftest import COMPLETION, digit_reward
 
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3MoeConfig
 
-from cppo_trl.memory import (
+from cppo_trl.launch.memory import (
     GIB,
     MODEL_SHAPES,
     Layout,

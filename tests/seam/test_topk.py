@@ -13,7 +13,8 @@ from transformers import (
     GraniteForCausalLM,
 )
 
-from cppo_trl import CPPOTrainer, policy_topk
+from cppo_trl import CPPOTrainer
+from cppo_trl.seam import topk as policy_topk
 from tests.conftest import COMPLETION, VOCABULARY, full_log_softmax, full_logps, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile, reduced
 from tests.test_trainer import gradients

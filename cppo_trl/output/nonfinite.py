@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from cppo_trl.checkpoints import RunError, last_checkpoint
+from cppo_trl.output.checkpoints import RunError, last_checkpoint
 
 MAX_RESPONSES = 16
 """Most responses that `save_batch` keeps: at 16,000 tokens each, 10 MB."""

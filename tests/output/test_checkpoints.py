@@ -8,10 +8,10 @@ import time
 import pytest
 from transformers import TrainerCallback
 
-from cppo_trl.checkpoints import ExactResume, RunError, TrainingFinished, checkpoint_to_resume, last_checkpoint
-from cppo_trl.training import parse_arguments, train
+from cppo_trl.launch.training import parse_arguments, train
+from cppo_trl.output.checkpoints import ExactResume, RunError, TrainingFinished, checkpoint_to_resume, last_checkpoint
 from tests.conftest import digit_reward, tiny_data
-from tests.test_scripts import RECIPE, ROOT, small_run, task  # noqa: F401 (a fixture)
+from tests.launch.test_scripts import RECIPE, ROOT, small_run, task  # noqa: F401 (a fixture)
 
 
 class DeathError(Exception):

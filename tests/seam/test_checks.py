@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.conftest import tiny_model
-from tests.test_topk import FakeEngine
+from tests.seam.test_topk import FakeEngine
 
 
 class Engine(FakeEngine):

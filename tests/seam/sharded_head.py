@@ -7,9 +7,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from trl.trainer.utils import add_fused_lm_head
 
-from cppo_trl.policy_topk import HeadTap
+from cppo_trl.seam.topk import HeadTap
 from tests.conftest import injected_batch, tiny_model
-from tests.test_topk import with_topk
+from tests.seam.test_topk import with_topk
 
 
 def score(model, batch, **tap_arguments):

@@ -1,0 +1,1 @@
+"""A run from its YAML recipe: arguments, data, training, and the dry run."""
