@@ -1,6 +1,6 @@
 """The end of a run whose loss or weights are NaN or infinite."""
 
-from typing import NoReturn
+import warnings
 
 import torch
 from torch import Tensor
@@ -9,12 +9,23 @@ from torch.distributed.tensor import DTensor
 from cppo_trl.output.checkpoints import RunError, last_checkpoint
 
 
-def stop(output_dir: str, update: int) -> NoReturn:
-    """End a run in the middle of an update whose loss is not finite; to be called on all processes.
+def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
+    """What follows from a loss that is not finite; to be called on all processes.
+
+    Args:
+        mode: ``"train"``, where the run stops before the update is made, or ``"eval"``, where it goes on.
+        output_dir: of the run.
+        update: the update's number, counted from 1.
 
     Raises:
-        RunError: always.
+        RunError: in training.
     """
+    if mode == "eval":
+        warnings.warn(
+            "The loss of an evaluation batch is not finite; see eval_cppo/nonfinite_losses. Training goes on.",
+            stacklevel=3,
+        )
+        return
     last, _ = last_checkpoint(output_dir)
     raise RunError(
         f"The loss of update {update} is not finite: the weights are not changed by it. Look for a reward that is "
