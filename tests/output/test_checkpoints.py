@@ -79,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, tmp_path, died):
             max_steps=16,
             save_strategy="steps",
             save_steps=4,
-            trainer={"callbacks": callbacks},
+            trainer={"callbacks": list(callbacks)},
         )
         trainer.train(resume_from_checkpoint=resume)
         timings = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
