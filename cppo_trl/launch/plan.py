@@ -1,4 +1,4 @@
-"""The dry run: resolve a recipe for N processes, and name what cannot work, before anything is loaded."""
+"""The dry run: resolve a recipe for N processes, and name what cannot work, before a model is loaded."""
 
 import argparse
 import os
@@ -53,7 +53,7 @@ class Plan:
     def __str__(self) -> str:
         """The plan as a table, with notes and problems below."""
         width = max(map(len, self.rows))
-        lines = ["CPPO plan: nothing was loaded", *(f"  {name:<{width}}  {text}" for name, text in self.rows.items())]
+        lines = ["CPPO plan: no model was loaded", *(f"  {name:<{width}}  {text}" for name, text in self.rows.items())]
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  problem: {problem}" for problem in self.problems]
         return "\n".join(lines)
@@ -62,7 +62,7 @@ class Plan:
 def dry_run_parser() -> argparse.ArgumentParser:
     """The dry run's own flags; all others belong to the recipe."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--dry_run", action="store_true", help="Resolve the recipe, and load nothing.")
+    parser.add_argument("--dry_run", action="store_true", help="Resolve the recipe, and load no model.")
     parser.add_argument("--num_processes", type=int, help="Processes; default: the Accelerate file's, else one.")
     parser.add_argument("--accelerate_config", help="Accelerate file: processes and sharding strategy.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of a GPU, for a note where it is too small.")
@@ -90,7 +90,7 @@ def dry_run(arguments: Sequence[str]) -> Plan:
     else:
         total, trained = count_parameters(architecture, model)
         gib = state_bytes(total, trained, layout, 2 if model.dtype in ("bfloat16", "float16", "auto") else 4) / 2**30
-        rows["parameters"] = f"{total / 1e9:.2f} B, of which {trained / 1e6:,.1f} M are trained"
+        rows["parameters"] = f"{total / 1e9:.2f} B, {trained / 1e9:.4g} B of them trained"
         rows["GPU memory"] = f"{gib:.1f} GiB for weights, gradients and AdamW; activations and generation come on top"
         if own.gpu_memory_gb and gib > own.gpu_memory_gb:
             notes.append(f"weights, gradients and AdamW alone ({gib:.0f} GiB) exceed {own.gpu_memory_gb:g} GB")
