@@ -9,8 +9,8 @@ Fields of the recipe are those of `cppo_trl.CPPOConfig`, `trl.ModelConfig`, `trl
     python scripts/train.py --dry_run --config FILE.yaml --accelerate_config configs/accelerate/fsdp2.yaml \
         --num_processes 4
 
-loads no model, needs no GPU, and prints the recipe as it resolves for these processes: schedule, sizes, and what cannot
-work. Both options are optional.
+loads no model, needs no GPU, and prints the recipe as it resolves for these processes: schedule, sizes, and what
+cannot work. Both options are optional.
 """
 
 import gc

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -84,9 +85,7 @@ def dry_run(arguments: Sequence[str]) -> Plan:
     architecture = architecture_of(model.model_name_or_path)
     rows, notes = _rows(script, config, model, mixture, layout), _missing_here(config, mixture, script, layout)
     if architecture is None:
-        notes.append(
-            f"{model.model_name_or_path!r} has no config.json here or on the Hub: size and context are unknown"
-        )
+        notes.append(f"no config.json of {model.model_name_or_path!r} can be read: size and context are unknown")
     else:
         total, trained = count_parameters(architecture, model)
         gib = state_bytes(total, trained, layout, 2 if model.dtype in ("bfloat16", "float16", "auto") else 4) / 2**30
@@ -110,13 +109,14 @@ def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
     if not os.path.exists(accelerate_config):
         raise ValueError(f"--accelerate_config: there is no file {accelerate_config}.")
     cluster = load_config_from_file(accelerate_config)
-    kind = cluster.distributed_type.value
-    stage, version = cluster.deepspeed_config.get("zero_stage"), cluster.fsdp_config.get("fsdp_version", 1)
-    sharding = {"NO": "none", "MULTI_GPU": "ddp", "DEEPSPEED": f"zero{stage}", "FSDP": f"fsdp{version}"}.get(
-        kind, kind
-    )
+    sharding = {
+        "NO": "none",
+        "MULTI_GPU": "ddp",
+        "DEEPSPEED": f"zero{cluster.deepspeed_config.get('zero_stage')}",
+        "FSDP": f"fsdp{cluster.fsdp_config.get('fsdp_version', 1)}",
+    }.get(cluster.distributed_type.value)
     if sharding not in SHARDINGS:
-        raise ValueError(f"{accelerate_config}: the dry run does not know {sharding}, only {', '.join(SHARDINGS)}.")
+        raise ValueError(f"{accelerate_config}: the dry run only knows the strategies {', '.join(SHARDINGS)}.")
     in_file = 1 if sharding == "none" else cluster.num_processes
     count = in_file if processes is None else processes
     return Layout(count, "none" if sharding == "ddp" and count == 1 else sharding)
@@ -134,10 +134,10 @@ def count_parameters(architecture: PretrainedConfig, model: ModelConfig) -> tupl
     """Parameters in all and those that are trained, counted on a model without storage."""
     with torch.device("meta"):
         made = AutoModelForCausalLM.from_config(architecture)
-        if model.use_peft:
-            made = get_peft_model(made, get_peft_config(model))
-    trained = sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
-    return sum(parameter.numel() for parameter in made.parameters()), trained
+        if not model.use_peft:
+            return made.num_parameters(), made.num_parameters()
+        trained, total = get_peft_model(made, get_peft_config(model)).get_nb_trainable_parameters()
+    return total, trained
 
 
 def state_bytes(total: int, trained: int, layout: Layout, weight_bytes: int) -> float:
@@ -187,20 +187,18 @@ def _missing_here(
     for name in dataset_names(script, mixture):
         if not os.path.exists(name):
             notes.append(f"dataset {name!r} is not on this machine: on the Hub, or to be made by prepare_data.py")
-    if not config.updates_per_rollout.is_integer():
-        notes.append(f"{config.updates_per_rollout:g} updates per rollout: some updates span two rollouts")
     return notes
 
 
 def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
     """What `train` would refuse, as far as it is known without the Hub."""
-    checks: list[tuple[Any, ...]] = [(import_reward, path) for path in script.reward_funcs]
-    checks.append((checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))
+    checks: list[partial[Any]] = [partial(import_reward, path) for path in script.reward_funcs]
+    checks.append(partial(checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))
     if all(map(os.path.exists, dataset_names(script, mixture))):
-        checks.append((load_data, script, config, mixture))
-    for check, *arguments in checks:
+        checks.append(partial(load_data, script, config, mixture))
+    for check in checks:
         try:
-            check(*arguments)
+            check()
         except ValueError as error:
             yield str(error)
 

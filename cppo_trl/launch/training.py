@@ -177,13 +177,8 @@ def _evaluation(script: CPPOScriptArguments, config: CPPOConfig) -> tuple[list[P
         return None
     if script.eval_every < 1:
         raise ValueError(f"eval_every must be >= 1; got {script.eval_every}.")
-    sampling = Sampling(
-        script.eval_samples,
-        script.eval_temperature,
-        script.eval_top_p,
-        script.eval_max_new_tokens or config.max_completion_length,
-        config.seed,
-    )
+    longest = script.eval_max_new_tokens or config.max_completion_length
+    sampling = Sampling(script.eval_samples, script.eval_temperature, script.eval_top_p, longest, config.seed)
     return load_problems(script.eval_benchmarks, script.eval_template), sampling
 
 
@@ -225,19 +220,14 @@ def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetM
             data = load_from_disk(script.dataset_name)
         else:
             data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    except (DatasetGenerationError, StopIteration) as error:  # a file of no rows, or not of the format that it claims
-        raise ValueError(
-            f"dataset_name: cannot read {script.dataset_name!r}: {error.__cause__ or 'it is empty'}"
-        ) from error
+    except (DatasetGenerationError, StopIteration) as error:  # a file without rows, or not in its format
+        why = error.__cause__ or "it is empty"
+        raise ValueError(f"dataset_name: cannot read {script.dataset_name!r}: {why}") from error
     for split in (script.dataset_train_split, *([script.dataset_test_split] if config.eval_strategy != "no" else [])):
         if split not in data:
-            raise ValueError(
-                f"The dataset has no split {split!r}; it has {list(data)}. Set dataset_train_split or _test_split."
-            )
+            raise ValueError(f"The dataset has no split {split!r}; it has {list(data)}. Set dataset_train_split.")
         columns = data[split].column_names
         if columns is not None and "prompt" not in columns:
-            raise ValueError(
-                f"Split {split!r} has no column 'prompt'; it has {columns}. Rename the questions' column."
-            )
+            raise ValueError(f"Split {split!r} has no column 'prompt'; it has {columns}. Rename another to it.")
     require_rows(data[script.dataset_train_split], config)
     return data

@@ -46,19 +46,21 @@ def exclusive(directory: Path, main_process: bool = True) -> Iterator[None]:
     if not main_process:
         yield
         return
-    where, me = f"output_dir={str(directory)!r}", f"process {os.getpid()} on {platform.node()}"
+    name, me = str(directory), f"process {os.getpid()} on {platform.node()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{where} cannot be written to ({error}). Choose another.") from error
+        raise ValueError(f"output_dir={name!r} cannot be written to ({error}). Choose another.") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             if (holder := file.read()) != me:
-                raise ValueError(f"{where} is in use by {holder}. Wait for it to end, or choose another.") from error
+                raise ValueError(
+                    f"output_dir={name!r} is in use by {holder}. Wait for it, or choose another."
+                ) from error
         else:
             file.truncate(0)
             print(me, end="", file=file, flush=True)

@@ -118,7 +118,7 @@ def test_a_second_run_in_the_same_directory_is_refused(task):
     (task / "out").mkdir()
     first = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()
-    with pytest.raises(ValueError, match=r"output_dir=.* is in use by process 1 on x\. Wait for it to end"):
+    with pytest.raises(ValueError, match=r"output_dir=.* is in use by process 1 on x\. Wait for it"):
         train(*parse_arguments(fields))
     first.communicate(b"\n")
     with pytest.raises(OSError, match="couldn't connect to"):  # the lock is free: on to the model
