@@ -14,7 +14,7 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 
-from cppo_trl.config import CPPOConfig
+from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, import_reward, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
 
@@ -53,11 +53,8 @@ class Plan:
 
     def __str__(self) -> str:
         """The plan as a table, with notes and problems below."""
-        width = max(map(len, self.rows))
-        lines = ["CPPO plan: no model was loaded", *(f"  {name:<{width}}  {text}" for name, text in self.rows.items())]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  problem: {problem}" for problem in self.problems]
-        return "\n".join(lines)
+        lines = [in_columns("CPPO plan: no model was loaded", self.rows), *(f"  note: {note}" for note in self.notes)]
+        return "\n".join([*lines, *(f"  problem: {problem}" for problem in self.problems)])
 
 
 def dry_run_parser() -> argparse.ArgumentParser:

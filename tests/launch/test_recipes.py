@@ -14,8 +14,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from cppo_trl.config import TRUST_REGIONS
 from cppo_trl.launch.plan import dry_run, read_layout
+from cppo_trl.rules import RULES
 from tests.conftest import tiny_data, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +103,7 @@ def test_on_another_number_of_processes_the_plan_says_what_changes(row):
     assert (responses_per_update(fixed), fixed.config.updates_per_rollout) == (minibatch * row[2], updates)
 
 
-@pytest.mark.parametrize("rule", TRUST_REGIONS)
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("row", TABLE_3, ids=lambda row: row[0])
 def test_every_baseline_is_the_recipe_with_one_other_line(row, rule, tmp_path):
     recipe = path_of(row[0]).read_text()

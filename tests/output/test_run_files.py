@@ -36,6 +36,17 @@ def test_a_directory_belongs_to_one_process_until_that_dies(holder, tmp_path):
         pass
 
 
+def test_a_trainer_keeps_to_a_directory_of_its_own(holder, make_trainer, tmp_path):
+    with pytest.raises(ValueError, match="is in use by process"):
+        make_trainer().train()
+    holder.kill()
+    holder.wait()
+    trainer = make_trainer(max_steps=1)
+    with exclusive(tmp_path):  # as scripts/train.py does around it
+        trainer.train()
+    trainer.train()
+
+
 def test_a_run_records_its_command_and_versions(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", "--hub_token", "hf_secret"])
     write_run(tmp_path / "new", "model", {"rollout": "..."}, {"seed": 0})
