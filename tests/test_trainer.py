@@ -438,7 +438,7 @@ def test_default_config_is_a_cppo_config(monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "__init__", stop)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(CPPOConfig, "__post_init__", lambda self: None)
+    monkeypatch.setattr(CPPOConfig, "__post_init__", lambda self: setattr(self, "generation_batch_size", 8))
     with pytest.raises(KeyboardInterrupt):
         CPPOTrainer("org/some-model")
     assert isinstance(seen["args"], CPPOConfig)

@@ -1,6 +1,5 @@
 """What every script shares: it reads a command line, and reports an error that is meant for its user in one line."""
 
-import dis
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,12 +71,9 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
 
 
 def _is_on_purpose(error: Exception) -> bool:
-    """Whether a ``raise`` statement of this package raised the error, rather than a call that went wrong."""
-    origin = error.__traceback__
-    while origin is not None and origin.tb_next is not None:
-        origin = origin.tb_next
-    if origin is None or isinstance(error, AssertionError):
-        return False
-    instruction = origin.tb_frame.f_code.co_code[origin.tb_lasti]
-    module = origin.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == "cppo_trl" and dis.opname[instruction] == "RAISE_VARARGS"
+    """Whether this package's own code raised the error, of a type that it raises for its user."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
+    return isinstance(error, ValueError | RuntimeError) and module.partition(".")[0] == "cppo_trl"
