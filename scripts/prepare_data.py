@@ -1,29 +1,28 @@
-"""Make a dataset to train on, and optionally a test split, from sets on the Hub or local files.
+"""Build a dataset to train on, and optionally a test split, from Hub datasets or local files.
 
     python scripts/prepare_data.py --sources dapo-math-17k --output_dir data/dapo
     python scripts/prepare_data.py --config prepare.yaml --max_prompt_tokens 1024 --tokenizer Qwen/Qwen3-1.7B
 
-Then ``scripts/train.py --dataset_name data/dapo``. Fields are those of `cppo_trl.data.prepare.PrepareArguments`.
+Then ``scripts/train.py --dataset_name data/dapo``. Options are the fields of `cppo_trl.data.prepare.PrepareArguments`.
 """
 
 import sys
-import time
 
 from trl import TrlParser
 
 from cppo_trl.data.prepare import PrepareArguments, prepare
-from cppo_trl.data.sources import SourceUnavailableError
 
 
 def main() -> None:
-    """Prepare as the arguments say, and print the summary."""
-    start = time.monotonic()
+    """Prepare the dataset and print what became of the rows."""
     try:
         (args,) = TrlParser(PrepareArguments).parse_args_and_config()
-        summary = prepare(args)
-    except (ValueError, SourceUnavailableError) as error:
-        sys.exit(str(error))
-    print(f"\n{summary.report()}\n\n{args.output_dir}: written after {time.monotonic() - start:.0f} s")
+        summaries = prepare(args)
+    except (OSError, ValueError) as error:
+        sys.exit(f"prepare_data.py: {error}")
+    for split, summary in summaries.items():
+        print(f"{split}: {summary.report()}")
+    print(f"written to {args.output_dir}")
 
 
 if __name__ == "__main__":

@@ -86,5 +86,5 @@ def test_problems_of_files_and_datasets(tmp_path):
         problems_of("b", data.remove_columns("solution"))
     with pytest.raises(ValueError, match="same id"):
         problems_of("b", data.add_column("id", ["x", "y", "x"]))
-    with pytest.raises(ValueError, match="no problems"):
+    with pytest.raises(ValueError, match="b: it has no rows"):
         problems_of("b", data.select([]))
