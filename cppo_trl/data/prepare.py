@@ -159,7 +159,8 @@ def _require_sources(names: Iterable[str]) -> None:
 
 def _read(sources: Sequence[str], args: PrepareArguments) -> tuple[Dataset, SplitSummary]:
     """Return the distinct problems of the sources; of repeated ones the first."""
-    summary, seen, parts = SplitSummary(), set(), []
+    summary, parts = SplitSummary(), []
+    seen: set[str] = set()
     for name in sources:
         data, summary.read[name] = read_problems(name, args.template, args.column_map, seen)
         parts.append(data)

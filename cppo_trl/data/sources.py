@@ -172,7 +172,7 @@ def source_files(name: str) -> list[Path]:
         SourceUnavailableError: If they are not in the cache and cannot be downloaded.
     """
     source = SOURCES[name]
-    options = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
     try:
         folder = snapshot_download(source.repo, local_files_only=True, **options)
         files = sorted(Path(folder).glob(source.files))

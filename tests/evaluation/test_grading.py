@@ -23,7 +23,7 @@ class Texts(PreTrainedTokenizerFast):
 
 def graded(texts, solution, prompt="?", reward=accuracy_reward):
     completions = [Completion(list(text), False) for text in texts]
-    return grade([Problem("b", "1", prompt, solution)], [completions], Texts(), reward)[0]
+    return grade([Problem("b", "1", prompt, solution)], completions, Texts(), reward)[0]
 
 
 def test_equal_answers_vote_together():
@@ -45,10 +45,11 @@ def test_wrong_answers_are_compared_only_where_it_decides(monkeypatch):
         return []
 
     monkeypatch.setattr("cppo_trl.evaluation.grading.compare_answers", compare)
-    assert group_answers([["1/2", "0.5"], ["2", "2", "1/2"]], [[0, 0], [1, 1, 0]]) == [[1, 2], [0, 0, 1]]
+    assert group_answers(["1/2", "0.5"], [0, 0]) == [1, 2]
+    assert group_answers(["2", "2", "1/2"], [1, 1, 0]) == [0, 0, 1]
     assert compared == []
     with pytest.raises(ValueError, match="shorter"):
-        group_answers([["2", "1/2", "0.5"]], [[1, 0, 0]])
+        group_answers(["2", "1/2", "0.5"], [1, 0, 0])
     assert compared == [("1/2", "0.5")]
 
 

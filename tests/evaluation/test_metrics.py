@@ -65,7 +65,7 @@ def test_mean_over_benchmarks():
     single = benchmark_metrics([record([1.0, 0.0])])
     assert single["avg@2_stderr"] is None
     assert mean_metrics([single, result["a"]])["avg@2_stderr"] is None
-    with pytest.raises(ValueError, match="b: no problem has a gold"):
+    with pytest.raises(ValueError, match="b: no problem has a readable gold answer"):
         all_metrics([record([None, 1.0])])
 
 

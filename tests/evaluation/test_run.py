@@ -103,7 +103,6 @@ def test_what_a_finished_run_leaves(here):
         for key, column in (("avg@4", "scores"), ("response_length", "lengths"), ("truncated", "truncated")):
             assert metrics[key] == pytest.approx(sum(sum(r[column]) for r in mine) / (4 * count))
     assert written["benchmarks"]["sums"]["truncated"] > 0
-    assert [p["response_length"] for p in written["problems"]] == [sum(r["lengths"]) / 4 for r in rows]
     assert written["settings"]["samples"] == 4
     assert {"torch", "transformers", "cppo-trl"} <= written["versions"].keys()
     assert "± " in table
@@ -114,16 +113,14 @@ def test_what_a_finished_run_leaves(here):
 
 def test_another_evaluation_is_not_mixed_in(here):
     evaluate_command(arguments())
-    with pytest.raises(
-        ValueError, match=r"other settings:\n  temperature: 0.7 there, 0.9 here\n  seed: 0 there, 3 here"
-    ):
+    with pytest.raises(ValueError, match=r"other settings: temperature 0.7 there, 0.9 here; seed 0 there, 3 here\."):
         evaluate_command(arguments(temperature=0.9, seed=3))
     arithmetic.problems(5, 3, 1).to_json("sums.jsonl")
-    with pytest.raises(ValueError, match="problems: "):
+    with pytest.raises(ValueError, match="problems .* there"):
         evaluate_command(arguments())
     arithmetic.problems(5, 3, 0).to_json("sums.jsonl")
     save_model(tiny_model(seed=1), "model")
-    with pytest.raises(ValueError, match="weights: "):
+    with pytest.raises(ValueError, match="weights .* there"):
         evaluate_command(arguments())
     (here / "other").mkdir()
     (here / "other/thesis.txt").write_text("")
@@ -191,7 +188,7 @@ def test_the_script(here, monkeypatch, capsys):
     script()
     assert "| pairs | 3 |" in capsys.readouterr().out
     assert results()["settings"]["max_new_tokens"] == 4
-    with pytest.raises(SystemExit, match=r"(?s)^evaluate.py: .*seed: 0 there, 1 here"):
+    with pytest.raises(SystemExit, match=r"^evaluate.py: .*seed 0 there, 1 here"):
         script("--seed", "1")
     (here / "more.yaml").write_text("temprature: 1.0\n")
     with pytest.raises(SystemExit, match="temprature"):
