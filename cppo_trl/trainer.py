@@ -32,12 +32,12 @@ from cppo_trl.metrics import (
     summarize,
     total_over_processes,
 )
-from cppo_trl.output.checkpoints import saving
+from cppo_trl.output.checkpoints import ExactResume, saving
 from cppo_trl.output.model_card import complete_card
 from cppo_trl.output.nonfinite import require_finite, stop
 from cppo_trl.output.run_files import append_profile, append_tokens, write_run
 from cppo_trl.output.tokens import token_records, token_table
-from cppo_trl.seam.checks import EngineCheck, check_arguments, check_hooks, check_server
+from cppo_trl.seam.checks import EngineCheck, check_arguments, check_hooks, check_server, require_rows
 from cppo_trl.seam.topk import EngineTopK, HeadTap, check_kernel
 
 ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
@@ -93,6 +93,7 @@ class CPPOTrainer(GRPOTrainer):
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         check_arguments(args, given.arguments)
+        require_rows(given.arguments.get("train_dataset"), args)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self._check_model()
         if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
@@ -111,11 +112,9 @@ class CPPOTrainer(GRPOTrainer):
         )
         uses_engine = args.use_vllm and self.rollout_func is None  # a rollout_func may sample from older weights
         self._engine_check = EngineCheck(args, self.accelerator.is_main_process) if uses_engine else None
-        self.evaluation_table: str | None = None  # for the model card: markdown,
-        self.dataset_names: list[str] = []  # Hub names or local paths,
-        self.command: str | None = None  # and what was run
         self._record: Any = None  # metrics of the micro-batches since the last update
         self.add_callback(_WriteRun)
+        self.add_callback(ExactResume)
         if args.use_vllm and args.vllm_mode == "server" and self.accelerator.is_main_process:
             check_server(self.vllm_generation.vllm_client.get_server_info(), args.cppo_topk if args.uses_topk else 0)
         if self.accelerator.is_main_process:
@@ -304,26 +303,13 @@ class CPPOTrainer(GRPOTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Write the model card: TRL's, with the rule, the run, its curves and its evaluation where they are known.
+        """Write the model card: TRL's, completed by `cppo_trl.output.model_card.complete_card`.
 
         Args:
             model_name: None for the name of the output directory.
-            dataset_name: on the Hub or a local path; None for ``dataset_names``.
+            dataset_name: name on the Hub of the training data.
             tags: further tags.
         """
-        names = self.dataset_names if dataset_name is None else [dataset_name]
-        on_hub = names[0] if len(names) == 1 and not Path(names[0]).exists() else None  # TRL links to the Hub
-        model_name = model_name or Path(self.args.output_dir).absolute().name
-        super().create_model_card(model_name, on_hub, tags)
+        super().create_model_card(model_name or Path(self.args.output_dir).absolute().name, dataset_name, tags)
         if self.is_world_process_zero():
-            prompt = next(iter(self.train_dataset)).get("prompt")
-            complete_card(
-                Path(self.args.output_dir, "README.md"),
-                rule=self.args.schedule(),
-                base_model=self.model.config._name_or_path,
-                datasets=names,
-                processes=self.accelerator.num_processes,
-                command=self.command,
-                evaluation_table=self.evaluation_table,
-                plain_prompt=prompt if isinstance(prompt, str) else None,
-            )
+            complete_card(self)

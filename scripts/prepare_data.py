@@ -6,24 +6,18 @@
 Then ``scripts/train.py --dataset_name data/dapo``. Options are the fields of `cppo_trl.data.prepare.PrepareArguments`.
 """
 
-import sys
-
-from trl import TrlParser
-
 from cppo_trl.data.prepare import PrepareArguments, prepare
+from cppo_trl.launch.command import one_line_errors, parse
 
 
 def main() -> None:
     """Prepare the dataset and print what became of the rows."""
-    try:
-        (args,) = TrlParser(PrepareArguments).parse_args_and_config()
-        summaries = prepare(args)
-    except (OSError, ValueError) as error:
-        sys.exit(f"prepare_data.py: {error}")
-    for split, summary in summaries.items():
+    (args,) = parse((PrepareArguments,))
+    for split, summary in prepare(args).items():
         print(f"{split}: {summary.report()}")
     print(f"written to {args.output_dir}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("Repeat the command."):
+        main()

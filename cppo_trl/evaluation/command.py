@@ -4,13 +4,12 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cppo_trl.data.sources import require_on_hub
 from cppo_trl.evaluation.generation import Generator, Sampling, TransformersGenerator, VLLMGenerator, adapter_base
@@ -18,6 +17,7 @@ from cppo_trl.evaluation.grading import Evaluator
 from cppo_trl.evaluation.metrics import table
 from cppo_trl.evaluation.problems import AIME, BENCHMARKS, load_problems
 from cppo_trl.evaluation.runner import answer_all, chunks, read_results, write_results
+from cppo_trl.output.run_files import versions
 
 BACKENDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -98,29 +98,31 @@ def evaluate_command(args: EvaluationArguments) -> str:
     settings |= {"problems": _digest([asdict(problem) for problem in problems]), "weights": _weights(args.model)}
     parts = chunks(problems, args.batch_size or 1, args.samples)
     records = answer_all(directory, settings, parts, lambda: _evaluator(args))
-    versions = {name: version(name) for name in ("cppo-trl", "torch", "transformers", "math-verify")}
-    if args.backend == "vllm":
-        import vllm  # noqa: PLC0415  (optional; its distribution has several names)
-
-        versions["vllm"] = vllm.__version__
-    return write_results(directory, settings, records, versions)
+    return write_results(directory, settings, records, versions())
 
 
 def _evaluator(args: EvaluationArguments) -> Evaluator:
     _require_model(args.model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except (OSError, ValueError):
-        if (base := adapter_base(args.model)) is None:
-            raise
-        tokenizer = AutoTokenizer.from_pretrained(base)  # an adapter saved without a tokenizer
     generate: Generator
-    if args.backend == "vllm":
-        generate = VLLMGenerator(args.model, args.dtype, **args.vllm_kwargs)  # type: ignore[arg-type]
-    else:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
-        generate = TransformersGenerator(model, tokenizer, args.batch_size or 1)
+    try:
+        tokenizer = _tokenizer(args.model)
+        if args.backend == "vllm":
+            generate = VLLMGenerator(args.model, args.dtype, **args.vllm_kwargs)  # type: ignore[arg-type]
+        else:
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
+            generate = TransformersGenerator(model, tokenizer, args.batch_size or 1)
+    except OSError as error:
+        raise ValueError(f"model {args.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
     return Evaluator(generate, tokenizer, args.sampling(), template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        if (base := adapter_base(model)) is None:
+            raise
+        return AutoTokenizer.from_pretrained(base)  # an adapter saved without a tokenizer
 
 
 def _require_model(model: str) -> None:

@@ -1,20 +1,19 @@
 """The directory of an evaluation: one line per record, so that a rerun answers the rest, and the results."""
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from cppo_trl.evaluation.grading import Evaluator
 from cppo_trl.evaluation.metrics import Record, all_metrics, table
 from cppo_trl.evaluation.problems import Problem
+from cppo_trl.output.run_files import LOCK, exclusive
 
 SETTINGS, GENERATIONS, RESULTS, TABLE = "settings.json", "generations.jsonl", "results.json", "table.md"
 
@@ -43,11 +42,11 @@ def answer_all(
     Raises:
         ValueError: If the directory belongs to a run with other settings, or another process is writing to it.
     """
-    claim(directory, settings)
-    with _locked(directory / GENERATIONS) as file:
-        records = {(record.benchmark, record.id): record for record in _read(file)}
-        evaluator = None
-        with tqdm(total=sum(map(len, parts)), initial=len(records), desc="evaluating", unit="problem") as bar:
+    with exclusive(directory):
+        claim(directory, settings)
+        records, evaluator = _whole_records(directory / GENERATIONS), None
+        bar = tqdm(total=sum(map(len, parts)), initial=len(records), desc="evaluating", unit="problem")
+        with (directory / GENERATIONS).open("a", encoding="ascii") as file, bar:
             for part in parts:
                 if all((problem.benchmark, problem.id) in records for problem in part):
                     continue
@@ -77,33 +76,22 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
         if changed:
             listed = "; ".join(f"{name} {earlier.get(name)!r} there, {settings.get(name)!r} here" for name in changed)
             raise ValueError(f"{directory} holds an evaluation with other settings: {listed}. Use another output_dir.")
-    elif directory.exists() and any(directory.iterdir()):
+    elif any(entry.name != LOCK for entry in directory.iterdir()):
         raise ValueError(f"output_dir: {directory} is not empty and holds no evaluation. Use another one.")
     else:
-        directory.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(settings, indent=2) + "\n")
         unfinished.rename(path)
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[IO[str]]:
-    """Open a file for reading and appending, locked against other processes."""
-    with path.open("a+", encoding="ascii") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{path} is being written by another process: wait for it, or stop it.") from error
-        yield file
-
-
-def _read(file: IO[str]) -> list[Record]:
-    """Read the records of a file, and remove a last line that was cut off."""
-    file.seek(0)
-    text = file.read()
+def _whole_records(path: Path) -> dict[tuple[str, str], Record]:
+    """Read the records of a file by benchmark and id, and remove a last line that was cut off."""
+    path.touch()
+    text = path.read_text(encoding="ascii")
     whole = text[: text.rfind("\n") + 1]
-    file.truncate(len(whole))
-    return [Record(**json.loads(line)) for line in whole.splitlines()]
+    os.truncate(path, len(whole))
+    records = [Record(**json.loads(line)) for line in whole.splitlines()]
+    return {(record.benchmark, record.id): record for record in records}
 
 
 def write_results(

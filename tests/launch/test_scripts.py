@@ -1,41 +1,11 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cppo_trl.data import arithmetic
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
 from cppo_trl.launch.training import parse_arguments, train
-from tests.conftest import tiny_model
-
-ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "configs/quickstart/cppo.yaml")
-
-
-def launch(*command, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def task(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    arithmetic.tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    arithmetic.problems(32, 3, 0).to_json(tmp_path / "data/train.jsonl")
-    return tmp_path
-
-
-def small_run(task):
-    fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
-    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
-    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+from tests.conftest import RECIPE, ROOT, launch, small_run
 
 
 @pytest.mark.parametrize("processes", [1, 2])
