@@ -1,6 +1,7 @@
 """Small files of every source with the columns of the real ones, in a Hub cache of their own."""
 
 import json
+from functools import partial
 
 import datasets
 import huggingface_hub
@@ -94,25 +95,26 @@ def caches(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
+def put_in_cache(caches, name, files=None):
+    """Put files of a source into a Hub cache as `hf download` does; by default those of `FILES`."""
+    source = SOURCES[name]
+    repository = caches / f"datasets--{source.repo.replace('/', '--')}"
+    commit = source.revision or "c" * 40
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs/main").write_text(commit)
+    for file, rows in (files or FILES[name]).items():
+        write_rows(repository / "snapshots" / commit / file, rows)
+
+
 @pytest.fixture
 def cached(caches):
-    """Put files of a source into the Hub cache as `hf download` does; by default those of `FILES`."""
-
-    def put(name, files=None):
-        source = SOURCES[name]
-        repository = caches / f"datasets--{source.repo.replace('/', '--')}"
-        commit = source.revision or "c" * 40
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs/main").write_text(commit)
-        for file, rows in (files or FILES[name]).items():
-            write_rows(repository / "snapshots" / commit / file, rows)
-
-    return put
+    """`put_in_cache` for the Hub cache of the test."""
+    return partial(put_in_cache, caches)
 
 
 @pytest.fixture
-def hub(caches, cached):
+def hub(caches):
     """The Hub cache with all sources; its directory."""
     for name in SOURCES:
-        cached(name)
+        put_in_cache(caches, name)
     return caches
