@@ -2,12 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from cppo_trl.data import filters
@@ -26,26 +26,17 @@ class PrepareArguments:
     output_dir: str = field(metadata={"help": "Directory to write; must not exist."})
     sources: list[str] = field(
         default_factory=lambda: ["dapo-math-17k"],
-        metadata={"help": f"What to train on: local files, or some of {', '.join(SOURCES)}."},
+        metadata={"help": f"To train on: local files, or some of {', '.join(SOURCES)}."},
     )
-    test_sources: list[str] = field(
-        default_factory=list, metadata={"help": "For a test split; its problems are removed from the train split."}
-    )
+    test_sources: list[str] = field(default_factory=list, metadata={"help": "For a test split, not trained on."})
     decontaminate: list[str] = field(
         default_factory=lambda: ["aime24", "aime25", "aime26", "math-500"],
         metadata={"help": "Sources whose problems are removed from the train split, or none."},
     )
     template: str = field(default="dapo", metadata={"help": f"Prompt template: {', '.join(TEMPLATES)}."})
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Columns of local files, such as prompt=question solution=answer.final id=uid."},
-    )
-    max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Longest prompt in tokens of `tokenizer`, including its chat template."}
-    )
-    tokenizer: str | None = field(
-        default=None, metadata={"help": "Hub name or directory of the tokenizer that max_prompt_tokens refers to."}
-    )
+    columns: list[str] = field(default_factory=list, metadata={"help": "Of local files: prompt=question id=uid ..."})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt in tokens of `tokenizer`."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub name, for max_prompt_tokens."})
 
     def __post_init__(self) -> None:
         template_named(self.template)
@@ -81,8 +72,8 @@ class SplitSummary:
         kept: Rows written.
     """
 
-    read: dict[str, int] = field(default_factory=dict)
-    dropped: dict[str, int] = field(default_factory=dict)
+    read: dict[str, int]
+    dropped: dict[str, int]
     examples: dict[str, list[str]] = field(default_factory=dict)
     compared: dict[str, int] = field(default_factory=dict)
     kept: int = 0
@@ -121,12 +112,15 @@ def prepare(args: PrepareArguments) -> dict[str, SplitSummary]:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         if tokenizer.chat_template is None:
             raise ValueError(f"tokenizer {args.tokenizer!r} has no chat template, which prompts of messages require")
-    _require_sources(dict.fromkeys([*args.decontaminate, *args.test_sources, *args.sources]))
+    on_hub = [name for name in (*args.decontaminate, *args.test_sources, *args.sources) if name in SOURCES]
+    _require_sources(on_hub)
     splits, summaries = {}, {}
-    for split, sources in (("train", args.sources), ("test", args.test_sources)):
-        if sources:
-            splits[split], summaries[split] = _read(sources, args)
-    evaluation = {name: read_problems(name, args.template, args.column_map)[0] for name in args.decontaminate}
+    for split, names in (("train", args.sources), ("test", args.test_sources)):
+        if names:
+            splits[split], read = read_problems(names, args.template, args.column_map)
+            repeated = sum(read.values()) - len(splits[split])
+            summaries[split] = SplitSummary(read, {"repeated": repeated})
+    evaluation = {name: read_problems([name], args.template, args.column_map)[0] for name in args.decontaminate}
     if "test" in splits:
         evaluation["test split"] = splits["test"]
     summaries["train"].compared = {name: len(rows) for name, rows in evaluation.items()}
@@ -140,47 +134,28 @@ def prepare(args: PrepareArguments) -> dict[str, SplitSummary]:
         splits[split], summary.kept = data, len(data)
     if not len(splits["train"]):
         raise ValueError(f"no row is left to train on; rows dropped: {summaries['train'].dropped}")
-    _write(splits, summaries, args)
+    sources = {name: {key: getattr(SOURCES[name], key) for key in ("repo", "revision", "license")} for name in on_hub}
+    counts = {name: asdict(summary) for name, summary in summaries.items()}
+    versions = {name: version(name) for name in ("cppo-trl", "datasets", "math-verify")}
+    record = {"arguments": asdict(args), "splits": counts, "sources": sources, "versions": versions}
+    _write(Path(args.output_dir), splits, record)
     return summaries
 
 
 def _require_sources(names: Iterable[str]) -> None:
     """Download what is not in the Hub cache before any work is done."""
     missing = []
-    for name in names:
+    for name in dict.fromkeys(names):
         try:
-            if name in SOURCES:
-                source_files(name)
+            source_files(name)
         except SourceUnavailableError as error:
             missing.append(str(error))
     if missing:
         raise SourceUnavailableError("\n".join(missing))
 
 
-def _read(sources: Sequence[str], args: PrepareArguments) -> tuple[Dataset, SplitSummary]:
-    """Return the distinct problems of the sources; of repeated ones the first."""
-    summary, parts = SplitSummary(), []
-    seen: set[str] = set()
-    for name in sources:
-        data, summary.read[name] = read_problems(name, args.template, args.column_map, seen)
-        parts.append(data)
-    data = concatenate_datasets(parts)
-    summary.dropped["repeated"] = sum(summary.read.values()) - len(data)
-    return data, summary
-
-
-def _write(splits: Mapping[str, Dataset], summaries: Mapping[str, SplitSummary], args: PrepareArguments) -> None:
+def _write(output: Path, splits: dict[str, Dataset], record: dict[str, object]) -> None:
     """Write the whole directory or nothing."""
-    names = [name for name in (*args.sources, *args.test_sources, *args.decontaminate) if name in SOURCES]
-    record = {
-        "arguments": asdict(args),
-        "splits": {name: asdict(summary) for name, summary in summaries.items()},
-        "sources": {
-            name: {key: getattr(SOURCES[name], key) for key in ("repo", "revision", "license")} for name in names
-        },
-        "versions": {name: version(name) for name in ("cppo-trl", "datasets", "math-verify")},
-    }
-    output = Path(args.output_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:
         unfinished = Path(directory) / "data"

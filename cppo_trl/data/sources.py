@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,8 @@ from cppo_trl.rewards.math import completion_text
 FEATURES = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "solution": Value("string"),
-        "source": Value("string"),
-        "id": Value("string"),
-        "subject": Value("string"),
+        **{name: Value("string") for name in ("solution", "source", "id", "subject", "problem")},
         "difficulty": Value("float64"),
-        "problem": Value("string"),
     }
 )
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -51,7 +48,7 @@ def load_source(name: str, *, template: str) -> Dataset:
     """
     if name not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {name!r}")
-    return read_problems(name, template)[0]
+    return read_problems([name], template)[0]
 
 
 def load_local(path: str | Path, *, columns: Mapping[str, str] | None = None, template: str = "plain") -> Dataset:
@@ -70,7 +67,7 @@ def load_local(path: str | Path, *, columns: Mapping[str, str] | None = None, te
     Raises:
         ValueError: If the file is missing, empty, malformed or of another format, or lacks a mapped column.
     """
-    return read_problems(str(path), template, columns)[0]
+    return read_problems([str(path)], template, columns)[0]
 
 
 def local_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
@@ -85,47 +82,47 @@ def local_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
 
 
 def read_problems(
-    source: str, template: str, columns: Mapping[str, str] | None = None, seen: set[str] | None = None
-) -> tuple[Dataset, int]:
-    """Load a Hub dataset or a local file, keeping the first row of each problem.
+    sources: Iterable[str], template: str, columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Load Hub datasets and local files into one dataset, keeping the first row of each problem.
 
     Args:
-        source: Key of `SOURCES`, or the path of a local file.
+        sources: Keys of `SOURCES`, and paths of local files.
         template: Key of `cppo_trl.data.templates.TEMPLATES`.
-        columns: Column map of a local file, as in `load_local`.
-        seen: Problems to leave out, with white space collapsed; the problems that are kept are added to it.
+        columns: Column map of the local files, as in `load_local`.
 
     Returns:
-        The dataset, and the number of rows that were read.
+        The dataset, and the number of rows read from each source.
 
     Raises:
         ValueError: As `load_source` and `load_local`.
     """
     template_named(template)
-    known = SOURCES.get(source)
-    columns, convert = (known.columns, known.convert) if known else (local_columns(columns), {})
-    raw = read_rows(source_files(source) if known else [Path(source)], columns.values())
-    seen = set() if seen is None else seen
+    seen: set[str] = set()  # problems with white space collapsed
+    read: dict[str, int] = {}
     rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
-    for index, raw_row in enumerate(tqdm(_rows(raw), total=len(raw), desc=f"Reading {source}", unit="row")):
-        row = {key: raw_row[column] for key, column in columns.items()}
-        row |= {key: function(row[key]) for key, function in convert.items()}
-        text = completion_text(row["prompt"])
-        collapsed = " ".join(text.split())
-        if collapsed in seen:
-            continue
-        seen.add(collapsed)
-        row["id"] = index if row.get("id") is None else row["id"]
-        row |= {"prompt": _messages(row["prompt"], template, source), "source": source, "problem": text}
-        for name, value in FEATURES.encode_example({name: row.get(name) for name in FEATURES}).items():
-            rows[name].append(value)
-    return Dataset.from_dict(rows, features=FEATURES), len(raw)
+    for source in sources:
+        known = SOURCES.get(source)
+        where, convert = (known.columns, known.convert) if known else (local_columns(columns), {})
+        raw = read_rows(source_files(source) if known else [Path(source)], where.values())
+        read[source] = len(raw)
+        for index, raw_row in enumerate(tqdm(_rows(raw), total=len(raw), desc=f"Reading {source}", unit="row")):
+            row = {key: raw_row[column] for key, column in where.items()}
+            row |= {key: function(row[key]) for key, function in convert.items()}
+            text = completion_text(row["prompt"])
+            if (collapsed := " ".join(text.split())) in seen:
+                continue
+            seen.add(collapsed)
+            row["id"] = index if row.get("id") is None else row["id"]
+            row |= {"prompt": _messages(row["prompt"], template, source), "source": source, "problem": text}
+            for name, value in FEATURES.encode_example({name: row.get(name) for name in FEATURES}).items():
+                rows[name].append(value)
+    return Dataset.from_dict(rows, features=FEATURES), read
 
 
 def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
     for batch in data.iter(1000):  # several times as fast as row by row
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
 def _messages(prompt: str | Messages, template: str, source: str) -> Messages:
@@ -173,21 +170,15 @@ def source_files(name: str) -> list[Path]:
     """
     source = SOURCES[name]
     options: dict[str, Any] = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
-    try:
-        folder = snapshot_download(source.repo, local_files_only=True, **options)
-        files = sorted(Path(folder).glob(source.files))
-    except OSError:
-        files = []
-    if not _complete(files):
+    files = []
+    with suppress(OSError):
+        files = sorted(Path(snapshot_download(source.repo, local_files_only=True, **options)).glob(source.files))
+    shards = re.search(r"-of-(\d+)\.", files[0].name) if files else None
+    if not files or (shards and len(files) % int(shards[1])):
         advice = f"On a machine with network access run `{source.download_command}` and copy its cache here"
         require_on_hub(source.repo, "dataset", advice, source.revision)
         files = sorted(Path(snapshot_download(source.repo, **options)).glob(source.files))
     return files
-
-
-def _complete(files: Sequence[Path]) -> bool:
-    shards = re.search(r"-of-(\d+)\.", files[0].name) if files else None
-    return bool(files) and (shards is None or len(files) % int(shards[1]) == 0)
 
 
 def require_on_hub(repo: str, kind: Literal["dataset", "model"], advice: str, revision: str | None = None) -> None:
