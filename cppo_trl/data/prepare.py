@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -154,7 +154,7 @@ def _require_sources(names: Iterable[str]) -> None:
         raise SourceUnavailableError("\n".join(missing))
 
 
-def _write(output: Path, splits: dict[str, Dataset], record: dict[str, object]) -> None:
+def _write(output: Path, splits: dict[str, Dataset], record: Mapping[str, object]) -> None:
     """Write the whole directory or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:

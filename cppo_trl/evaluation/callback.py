@@ -49,13 +49,8 @@ class EvaluationCallback(TrainerCallback):
         reward: Reward = accuracy_reward,
         batch_size: int | None = None,
     ):
-        self.trainer, self.problems, self.sampling, self.every, self.reward = (
-            trainer,
-            problems,
-            sampling,
-            every,
-            reward,
-        )
+        self.trainer, self.problems, self.sampling = trainer, problems, sampling
+        self.every, self.reward = every, reward
         self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
         self._results: list[dict[str, Any]] = []  # of each evaluation, as `table` takes them
 
@@ -92,7 +87,7 @@ class EvaluationCallback(TrainerCallback):
         trainer, accelerator = self.trainer, self.trainer.accelerator
         batch, samples = self.batch_size, self.sampling.samples
         if trainer.args.use_vllm:  # the engine does its own batching: one part per process
-            batch, samples = math.ceil(len(self.problems) / accelerator.num_processes), 1
+            batch = math.ceil(len(self.problems) / accelerator.num_processes) * samples
         parts = chunks(self.problems, batch, samples)
         # sharded models need every process in every forward pass: a process without a part repeats the last one
         with accelerator.split_between_processes(parts, apply_padding=True) as mine, self._generator() as generate:

@@ -41,25 +41,13 @@ class EvaluationArguments:
     top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling mass."})
     max_new_tokens: int = field(default=8192, metadata={"help": "Longest completion in tokens."})
     seed: int = field(default=0, metadata={"help": "Random seed of the samples."})
-    template: str | None = field(
-        default=None, metadata={"help": "Prompt template. Default: boxed; the prompts of files are used as they are."}
-    )
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON, arguments of the chat template: '{\"enable_thinking\": false}'."}
-    )
-    backend: str = field(
-        default="auto", metadata={"help": "auto: vllm if it is installed.", "choices": list(BACKENDS)}
-    )
+    template: str | None = field(default=None, metadata={"help": "Prompt template. Default: boxed; none for files."})
+    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "JSON, for the chat template."})
+    backend: str = field(default="auto", metadata={"help": "auto: vllm if installed.", "choices": list(BACKENDS)})
     dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as stored.", "choices": list(DTYPES)})
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Completions at a time. Default: 16 (transformers) or 512 (vllm)."}
-    )
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "JSON, further arguments of vllm.LLM: '{\"tensor_parallel_size\": 2}'."}
-    )
-    compare: list[str] = field(
-        default_factory=list, metadata={"help": "Only print one table of these output directories."}
-    )
+    batch_size: int | None = field(default=None, metadata={"help": "Completions at a time; 16, or 512 with vllm."})
+    vllm_kwargs: dict | str | None = field(default=None, metadata={"help": "JSON, arguments of vllm.LLM."})
+    compare: list[str] = field(default_factory=list, metadata={"help": "Only print a table of these directories."})
 
     def __post_init__(self) -> None:
         if not (self.model or self.compare):
@@ -111,7 +99,7 @@ def _evaluator(args: EvaluationArguments) -> Evaluator:
         else:
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype, device_map="auto")
             generate = TransformersGenerator(model, tokenizer, args.batch_size or 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"model {args.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
     return Evaluator(generate, tokenizer, args.sampling(), template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
 
@@ -129,10 +117,9 @@ def _require_model(model: str) -> None:
     """Fail at once where loading would retry for a minute."""
     names = ("config.json", "adapter_config.json")
     if not Path(model).is_dir() and not any(isinstance(try_to_load_from_cache(model, name), str) for name in names):
-        advice = (
-            f"On a machine with network access run `hf download {model} --local-dir DIRECTORY`, and copy that here"
+        require_on_hub(
+            model, "model", f"Run `hf download {model} --local-dir DIRECTORY` elsewhere, and copy that here"
         )
-        require_on_hub(model, "model", advice)
 
 
 def _json_object(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:

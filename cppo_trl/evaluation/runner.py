@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -58,8 +57,6 @@ def answer_all(
                         bar.update()
                 file.flush()
                 os.fsync(file.fileno())
-                known = [score for record in records.values() for score in record.scores if score is not None]
-                bar.set_postfix_str(f"mean score {fmean(known):.3f}" if known else "no readable gold answer")
     return [records[problem.benchmark, problem.id] for part in parts for problem in part]
 
 

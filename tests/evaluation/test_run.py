@@ -1,11 +1,13 @@
-"""A whole evaluation from its arguments: interrupted, gone on with, refused, compared."""
+"""A whole evaluation from its arguments: interrupted, resumed, refused, compared."""
 
 import json
 import os
 import runpy
 import signal
+import time
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -49,7 +51,7 @@ def lines(directory):
 
 
 def killed_after(parts, args):
-    """Run in a child process that is killed, by a signal that nothing can catch, when its next part begins."""
+    """Run in a child process that is killed by SIGKILL when its next part begins."""
     child = os.fork()
     if child == 0:
         answer, done = Evaluator.__call__, []
@@ -68,7 +70,7 @@ def killed_after(parts, args):
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(here, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_results(here, monkeypatch):
     table = evaluate_command(arguments(output_dir="whole"))
     args = arguments(samples=4)
     killed_after(1, args)
@@ -170,13 +172,33 @@ def test_an_adapter_is_loaded_with_its_base(here):
         ({"batch_size": 0}, "batch_size must be >= 1"),
         ({"chat_template_kwargs": "{enable"}, "chat_template_kwargs must be a JSON object"),
         ({"backend": "transformers", "vllm_kwargs": '{"seed": 1}'}, "vllm_kwargs is set, but"),
-        ({"model": "nobody/nothing"}, "hf download nobody/nothing --local-dir"),
+        ({"model": "nobody/nothing"}, "`hf download nobody/nothing --local-dir DIRECTORY`"),
+        ({"model": "out/gone"}, "out/gone: this model is not in the Hub cache"),
+        ({"benchmarks": ["gone.jsonl"]}, "there is no file 'gone.jsonl'"),
+        ({"benchmarks": ["empty.jsonl"]}, "empty.jsonl is empty or not valid json"),
         ({"compare": ["model"]}, "holds no results.json"),
     ],
 )
-def test_mistakes_are_named(here, fields, message):
-    with pytest.raises(ValueError, match=message):
+def test_mistakes_are_named_in_one_line(here, fields, message):
+    (here / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=message) as refused:
         evaluate_command(arguments(**fields))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_without_a_network_a_missing_model_is_named_at_once(here, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://localhost:1")
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=r"nobody/nothing: .*ConnectError"):
+        evaluate_command(arguments(model="nobody/nothing"))
+    assert time.monotonic() - start < 5  # transformers retries for more than 20 s
+
+
+def test_a_directory_that_is_no_model_is_named(here):
+    (here / "nothing").mkdir()
+    with pytest.raises(ValueError, match="model 'nothing' cannot be loaded: "):
+        evaluate_command(arguments(model="nothing"))
 
 
 def test_the_defaults_are_the_papers_protocol():
