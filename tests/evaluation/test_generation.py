@@ -1,4 +1,4 @@
-"""What is sampled: the asked distribution and nothing of the model's own, whatever the batch."""
+"""Samples follow the requested distribution, independently of the batch and of the model's own defaults."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ from transformers import GenerationConfig
 
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Sampling, evaluate
-from cppo_trl.evaluation.generation import Completion, TransformersGenerator, completion_of, encode, seed_of
+from cppo_trl.evaluation.generation import (
+    Completion,
+    EngineGenerator,
+    TransformersGenerator,
+    completion_of,
+    encode,
+    seed_of,
+)
 from tests.conftest import digit_reward, tiny_model
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ sign }}{% endif %}"
@@ -59,14 +66,43 @@ def test_the_models_own_sampling_defaults_are_not_used(tokenizer):
     assert len({tuple(completion.tokens) for completion in sampled}) > 1
 
 
-def test_length_and_truncation():
+class Engine:
+    """TRL's ``VLLMGeneration`` as far as `EngineGenerator` uses it: it repeats the prompt up to its limit."""
+
+    def __init__(self):
+        self.temperature, self.top_p, self.top_k, self.min_p = 1.0, 1.0, 5, 0.1
+        self.repetition_penalty, self.max_completion_length, self.logprobs = 1.1, 2, 3
+        self.seen = []
+
+    def generate(self, prompts, images, num_generations):
+        self.seen.append((vars(self).copy(), num_generations))
+        return None, [prompt[: self.max_completion_length] for prompt in prompts], None, None
+
+
+def test_a_trainers_engine_samples_as_asked_and_is_left_as_it_was(tokenizer):
+    engine = Engine()
+    before = vars(engine).copy()
+    sampling = Sampling(2, temperature=0.7, top_p=0.9, max_new_tokens=4)
+    rows = [[5, 6, 1], [5, 6, 1], [7] * 9, [7] * 9]
+    assert EngineGenerator(engine, tokenizer)(rows, sampling, [0] * 4) == [
+        *[Completion([5, 6, 1], False)] * 2,
+        *[Completion([7] * 4, True)] * 2,
+    ]
+    ((during, samples),) = engine.seen
+    assert samples == 2
+    assert (during["temperature"], during["top_p"], during["max_completion_length"]) == (0.7, 0.9, 4)
+    assert (during["top_k"], during["min_p"], during["repetition_penalty"]) == (0, None, 1.0)
+    assert vars(engine) == before
+
+
+def test_a_completion_ends_at_its_first_end_token_or_is_truncated():
     assert completion_of([5, 6, 1, 0, 0], 1) == Completion([5, 6, 1], False)
     assert completion_of([5, 6, 7], [1, 2]) == Completion([5, 6, 7], True)
     assert completion_of([5, 2, 1], [1, 2]) == Completion([5, 2], False)
     assert completion_of([1, 0], 1) == Completion([1], False)
 
 
-def test_plain_and_conversational_prompts(tokenizer):
+def test_only_conversations_get_the_chat_template(tokenizer):
     conversation = [{"role": "user", "content": "1+2"}]
     with pytest.raises(ValueError, match="no chat template"):
         encode(tokenizer, ["1+2=", conversation], {})
@@ -106,7 +142,7 @@ def test_evaluate_is_reproducible_and_leaves_no_trace(tokenizer):
     assert results[0] == results[1]
 
 
-def test_evaluate_of_known_scores(tokenizer):
+def test_evaluate_averages_over_the_problems_that_count(tokenizer):
     scores = {"a": 1.0, "b": 0.0, "c": 0.5, "d": 1.0, "e": None}
 
     def reward(completions, solution):

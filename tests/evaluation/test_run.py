@@ -90,7 +90,7 @@ def test_a_killed_run_resumes_to_the_same_results(here, monkeypatch):
     assert evaluate_command(args) == table
 
 
-def test_what_a_finished_run_leaves(here):
+def test_a_finished_run_leaves_its_samples_and_their_metrics(here):
     table = evaluate_command(arguments(temperature=1.0, top_p=1.0))
     written = results()
     rows = lines("out")
@@ -208,7 +208,7 @@ def test_the_defaults_are_the_papers_protocol():
     assert args.output_dir == "outputs/evaluation/Qwen--Qwen3-1.7B"
 
 
-def test_the_script(here, monkeypatch, capsys):
+def test_the_script_prints_the_table_and_names_mistakes(here, monkeypatch, capsys):
     def script(*options):
         line = ["evaluate.py", "--model", "model", "--benchmarks", "pairs.jsonl", "--output-dir", "out", *options]
         monkeypatch.setattr("sys.argv", [*line, "--samples", "2", "--max-new-tokens", "4"])
