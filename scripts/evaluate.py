@@ -1,10 +1,10 @@
 """Evaluate a model: avg@k with standard error, pass@k, maj@k, response length, truncated share.
 
-    python scripts/evaluate.py --model Qwen/Qwen3-1.7B                 # AIME24, 25 and 26 as in the paper
+    python scripts/evaluate.py --model Qwen/Qwen3-1.7B                 # AIME 2024 to 2026, the paper's protocol
     python scripts/evaluate.py --model outputs/run --benchmarks math-500 my-problems.jsonl --samples 4
     python scripts/evaluate.py --compare outputs/evaluation/a outputs/evaluation/b
 
-The same command again goes on where it was interrupted. Options are the fields of
+The same command resumes an interrupted evaluation. Options are the fields of
 `cppo_trl.evaluation.command.EvaluationArguments`, also from ``--config FILE.yaml``; see ``docs/evaluation.md``.
 """
 
@@ -20,9 +20,9 @@ def main() -> None:
     (args,) = parse((EvaluationArguments,))
     print(evaluate_command(args))
     if not args.compare:
-        print(f"\n{args.output_dir}: results.json (every number), table.md, generations.jsonl (every answer)")
+        print(f"\n{args.output_dir}: results.json (metrics), table.md, generations.jsonl (completions)")
 
 
 if __name__ == "__main__":
-    with one_line_errors("The same command continues where it stopped."):
+    with one_line_errors("The same command resumes the evaluation."):
         main()

@@ -1,1 +1,1 @@
-"""Datasets in TRL's form: ``prompt`` and ``solution`` columns."""
+"""Datasets with the columns ``prompt`` and ``solution`` that TRL's trainer and the math rewards read."""

@@ -1,258 +1,161 @@
-"""From sources to a directory to train on: load, filter, count, write. What ``scripts/prepare_data.py`` calls."""
+"""Build a training dataset: load, filter, count, write. Called by ``scripts/prepare_data.py``."""
 
 import json
 import tempfile
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from datasets import Dataset, DatasetDict, concatenate_datasets
+from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from cppo_trl.data import filters
-from cppo_trl.data.sources import (
-    SOURCES,
-    LocalReader,
-    SourceUnavailableError,
-    load_raw,
-    load_raw_local,
-    local_columns,
-    standardise,
-)
+from cppo_trl.data.sources import SOURCES, SourceUnavailableError, local_columns, read_problems, source_files
 from cppo_trl.data.templates import TEMPLATES, template_named
-
-_EXAMPLES = 3  # of each reason
 
 
 @dataclass
 class PrepareArguments:
-    """What to prepare, and how.
+    """What to prepare; a source is the name of a Hub dataset in `SOURCES` or the path of a local file.
 
-    A source is a name (``gsm8k``), a name with a local copy (``gsm8k=FOLDER`` or ``gsm8k=FILE``), or a local file of
-    your own, whose columns ``columns`` names.
+    Raises:
+        ValueError: If a value is invalid; nothing has been loaded then.
     """
 
     output_dir: str = field(metadata={"help": "Directory to write; must not exist."})
     sources: list[str] = field(
-        default_factory=lambda: ["dapo-math-17k"], metadata={"help": f"To train on: {', '.join(SOURCES)}, or files."}
+        default_factory=lambda: ["dapo-math-17k"],
+        metadata={"help": f"To train on: local files, or some of {', '.join(SOURCES)}."},
     )
-    test_sources: list[str] = field(
-        default_factory=list, metadata={"help": "For a test split, which the train split is kept clear of."}
-    )
+    test_sources: list[str] = field(default_factory=list, metadata={"help": "For a test split, not trained on."})
     decontaminate: list[str] = field(
         default_factory=lambda: ["aime24", "aime25", "aime26", "math-500"],
-        metadata={"help": "Evaluation sources whose problems are dropped from the train split; none for no check."},
+        metadata={"help": "Sources whose problems are removed from the train split, or none."},
     )
     template: str = field(default="dapo", metadata={"help": f"Prompt template: {', '.join(TEMPLATES)}."})
-    columns: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Columns of local files, as prompt=question solution=answer.final id=uid."},
-    )
-    max_prompt_tokens: int | None = field(
-        default=None, metadata={"help": "Longest prompt, in tokens of `tokenizer` with its chat template."}
-    )
-    tokenizer: str | None = field(default=None, metadata={"help": "Name or directory of the tokenizer that counts."})
+    columns: list[str] = field(default_factory=list, metadata={"help": "Of local files: prompt=question id=uid ..."})
+    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt in tokens of `tokenizer`."})
+    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub name, for max_prompt_tokens."})
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is loaded."""
         template_named(self.template)
+        if self.decontaminate == ["none"]:
+            self.decontaminate = []
         if not self.sources:
             raise ValueError("sources must name at least one source")
-        names = Counter(source_name(spec) for spec in self.sources + self.test_sources)
-        if twice := [name for name, count in names.items() if count > 1]:
-            raise ValueError(f"sources and test_sources name {', '.join(twice)} twice")
-        if wrong := [name for name in map(source_name, self.sources) if name in SOURCES and SOURCES[name].evaluation]:
+        if wrong := [name for name in self.sources if name in SOURCES and SOURCES[name].evaluation]:
             raise ValueError(f"sources names {', '.join(wrong)}, which is for evaluation only")
+        for source in (*self.sources, *self.test_sources, *self.decontaminate):
+            if source not in SOURCES and not Path(source).is_file():
+                raise ValueError(f"{source!r} is neither a file nor one of {', '.join(SOURCES)}")
         if Path(self.output_dir).exists():
             raise ValueError(f"output_dir={self.output_dir!r} exists: name another, or remove it")
         if (self.max_prompt_tokens is None) != (self.tokenizer is None):
-            raise ValueError("max_prompt_tokens and tokenizer go together: tokens are counted by a tokenizer")
+            raise ValueError("max_prompt_tokens and tokenizer must be set together")
         if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
-            raise ValueError(f"max_prompt_tokens must be at least 1, got {self.max_prompt_tokens}")
-        if not self.decontaminate or ("none" in self.decontaminate and len(self.decontaminate) > 1):
-            raise ValueError("decontaminate must name evaluation sources, or be none alone")
-        if self.decontaminate == ["none"]:
-            self.decontaminate = []
-        for spec in (*self.sources, *self.test_sources, *self.decontaminate):
-            if source_name(spec) not in SOURCES and not Path(spec).is_file():
-                raise ValueError(f"{spec!r} is neither a file nor one of {', '.join(SOURCES)}")
+            raise ValueError(f"max_prompt_tokens must be >= 1; got {self.max_prompt_tokens}")
         if wrong := [pair for pair in self.columns if "=" not in pair]:
-            raise ValueError(f"columns takes KEY=COLUMN, as prompt=question; got {', '.join(wrong)}")
+            raise ValueError(f"columns takes KEY=COLUMN, such as prompt=question; got {', '.join(wrong)}")
         self.column_map = local_columns(dict(pair.split("=", 1) for pair in self.columns))
 
 
-def source_name(spec: str) -> str:
-    """Return the name in ``NAME`` or ``NAME=PATH``, and a local file as it is."""
-    name = spec.partition("=")[0]
-    return name if name in SOURCES else spec
-
-
 @dataclass
-class Tally:
-    """A row of the summary: what became of one source.
+class SplitSummary:
+    """What became of the rows of one split.
 
     Attributes:
-        split: ``train`` or ``test``.
-        source: Its name.
-        read: Rows read.
+        read: Rows read, by source.
         dropped: Rows dropped, by reason.
+        examples: Up to three dropped rows for each reason.
+        compared: Problems of each evaluation source that the split was compared with.
         kept: Rows written.
     """
 
-    split: str
-    source: str
-    read: int
-    dropped: dict[str, int] = field(default_factory=dict)
-    kept: int = 0
-
-    def drop(self, reason: str, count: int) -> None:
-        """Count rows as dropped."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + count
-
-
-@dataclass
-class Summary:
-    """What was read, dropped and kept.
-
-    Attributes:
-        rows: One for each source.
-        examples: For each reason, some dropped rows in words.
-        compared: Number of problems of each set that the train split was compared with.
-        first: The first row of the train split.
-    """
-
-    rows: list[Tally] = field(default_factory=list)
+    read: dict[str, int]
+    dropped: dict[str, int]
     examples: dict[str, list[str]] = field(default_factory=dict)
     compared: dict[str, int] = field(default_factory=dict)
-    first: dict[str, Any] = field(default_factory=dict)
+    kept: int = 0
+
+    def drop(self, data: Dataset, reason: str, found: filters.Reasons) -> Dataset:
+        """Return the rows without an entry in ``found``, and count the others under ``reason``."""
+        dropped = [row for row, why in enumerate(found) if why]
+        self.dropped[reason] = len(dropped)
+        self.examples[reason] = [f"{data[row]['source']}/{data[row]['id']} {found[row]}" for row in dropped[:3]]
+        return data.select([row for row, why in enumerate(found) if not why])
 
     def report(self) -> str:
-        """Return a Markdown table, examples of what was dropped, and the first prompt."""
-        reasons = list(dict.fromkeys(reason for row in self.rows for reason in row.dropped))
-        head = ["split", "source", "rows read", *reasons, "kept"]
-        lines = [head, ["---"] * len(head)]
-        for row in self.rows:
-            counts = [row.read, *(row.dropped.get(reason) for reason in reasons), row.kept]
-            lines.append([row.split, row.source, *("–" if count is None else f"{count:,}" for count in counts)])
-        against = ", ".join(f"{name} ({count:,} problems)" for name, count in self.compared.items())
-        return "\n".join(
-            [
-                *(f"| {' | '.join(line)} |" for line in lines),
-                "",
-                f"Train split compared with: {against or 'nothing; it may hold evaluation problems'}",
-                *(f"{reason}: {text}" for reason, texts in self.examples.items() for text in texts),
-                f"First prompt: {json.dumps(self.first['prompt'], ensure_ascii=False)}",
-                f"Its gold: {self.first['solution']}",
-            ]
-        )
+        """Return the counts and examples as text, one line for each reason."""
+        lines = [f"{sum(self.read.values()):,} rows read, {self.kept:,} kept"]
+        for reason, count in self.dropped.items():
+            examples = "; ".join(self.examples.get(reason, []))
+            lines.append(f"  {reason}: {count:,}" + (f" ({examples})" if examples else ""))
+        against = ", ".join(f"{name} ({count:,})" for name, count in self.compared.items())
+        return "\n".join([*lines, f"  compared with: {against or 'no evaluation problems'}"])
 
 
-def prepare(args: PrepareArguments) -> Summary:
-    """Write ``args.output_dir``, which `datasets.load_from_disk` reads, and return what is in it.
+def prepare(args: PrepareArguments) -> dict[str, SplitSummary]:
+    """Write a `datasets.DatasetDict` to ``args.output_dir``.
 
-    The directory appears when it is complete; ``summary.json`` in it says where everything came from. A run that was
-    interrupted finds its finished steps in the cache of `datasets`.
+    The directory appears once it is complete. ``summary.json`` in it records arguments, counts and provenance.
+
+    Returns:
+        A summary of ``train`` and, with test sources, of ``test``.
 
     Raises:
-        SourceUnavailableError: If files of sources are missing; names all of them.
-        ValueError: If an argument or a file does not fit, or nothing is left to train on.
+        ValueError: If a file or the tokenizer does not fit, or no training row is left.
+        SourceUnavailableError: If sources are not in the Hub cache and cannot be downloaded; names all of them.
     """
     tokenizer = None
     if args.tokenizer is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         if tokenizer.chat_template is None:
-            raise ValueError(f"tokenizer {args.tokenizer!r} has no chat template, which prompts of messages need")
-    raw = _load_all(args)
-    data = {}
-    for spec, rows in raw.items():
-        name = source_name(spec)
-        read = SOURCES[name].read if name in SOURCES else LocalReader(args.column_map)
-        data[spec] = standardise(rows, name, read, args.template)
-    evaluation = {spec: data[spec] for spec in (*args.decontaminate, *args.test_sources)}
-    summary = Summary(compared={spec: len(rows) for spec, rows in evaluation.items()})
-    splits = {}
-    for split, specs in (("train", args.sources), ("test", args.test_sources)):
-        tallies = [Tally(split, source_name(spec), len(raw[spec])) for spec in specs]
-        for tally, spec in zip(tallies, specs, strict=True):
-            tally.drop("repeated", tally.read - len(data[spec]))
-        summary.rows += tallies
-        if specs:
-            others = list(evaluation.values()) if split == "train" else []
-            whole = concatenate_datasets([data[spec] for spec in specs])
-            splits[split] = _clean(whole, tallies, summary.examples, tokenizer, args.max_prompt_tokens, others)
+            raise ValueError(f"tokenizer {args.tokenizer!r} has no chat template, which prompts of messages require")
+    on_hub = [name for name in (*args.decontaminate, *args.test_sources, *args.sources) if name in SOURCES]
+    _require_sources(on_hub)
+    splits, summaries = {}, {}
+    for split, names in (("train", args.sources), ("test", args.test_sources)):
+        if names:
+            splits[split], read = read_problems(names, args.template, args.column_map)
+            repeated = sum(read.values()) - len(splits[split])
+            summaries[split] = SplitSummary(read, {"repeated": repeated})
+    evaluation = {name: read_problems([name], args.template, args.column_map)[0] for name in args.decontaminate}
+    if "test" in splits:
+        evaluation["test split"] = splits["test"]
+    summaries["train"].compared = {name: len(rows) for name, rows in evaluation.items()}
+    for split, summary in summaries.items():
+        data = summary.drop(splits[split], "unusable gold answer", filters.unusable_golds(splits[split]))
+        if tokenizer is not None and args.max_prompt_tokens is not None:
+            found = filters.overlong(data, tokenizer, args.max_prompt_tokens)
+            data = summary.drop(data, f"over {args.max_prompt_tokens} tokens", found)
+        if summary.compared:
+            data = summary.drop(data, "evaluation problem", filters.overlap(data, evaluation.values()))
+        splits[split], summary.kept = data, len(data)
     if not len(splits["train"]):
-        raise ValueError(f"no row is left to train on:\n{summary.rows}")
-    summary.first = splits["train"][0]
-    _write(splits, summary, args, list(map(source_name, raw)))
-    return summary
+        raise ValueError(f"no row is left to train on; rows dropped: {summaries['train'].dropped}")
+    sources = {name: {key: getattr(SOURCES[name], key) for key in ("repo", "revision", "license")} for name in on_hub}
+    counts = {name: asdict(summary) for name, summary in summaries.items()}
+    versions = {name: version(name) for name in ("cppo-trl", "datasets", "math-verify")}
+    record = {"arguments": asdict(args), "splits": counts, "sources": sources, "versions": versions}
+    _write(Path(args.output_dir), splits, record)
+    return summaries
 
 
-def _load_all(args: PrepareArguments) -> dict[str, Dataset]:
-    """Return the raw rows of each source as it is given."""
-    raw = {}
+def _require_sources(names: Iterable[str]) -> None:
+    """Download what is not in the Hub cache before any work is done."""
     missing = []
-    for spec in dict.fromkeys([*args.decontaminate, *args.test_sources, *args.sources]):
-        name = source_name(spec)
+    for name in dict.fromkeys(names):
         try:
-            if name in SOURCES:
-                raw[spec] = load_raw(name, spec.partition("=")[2] or None)
-            else:
-                raw[spec] = load_raw_local(spec, args.column_map)
+            source_files(name)
         except SourceUnavailableError as error:
             missing.append(str(error))
     if missing:
-        if set(args.decontaminate) - set(raw):
-            missing.append("To train without a comparison with evaluation sets: --decontaminate none.")
         raise SourceUnavailableError("\n".join(missing))
-    return raw
 
 
-def _clean(
-    data: Dataset,
-    tallies: Sequence[Tally],
-    examples: dict[str, list[str]],
-    tokenizer: Any,
-    max_tokens: int | None,
-    evaluation: Sequence[Dataset],
-) -> Dataset:
-    """Apply the filters, and note in ``tallies`` and ``examples`` what they drop."""
-
-    def drop(reason: str, found: filters.Reasons) -> Dataset:
-        counts = Counter(source for source, why in zip(data["source"], found, strict=True) if why)
-        for tally in tallies:
-            tally.drop(reason, counts[tally.source])
-        where = [place for place, why in enumerate(found) if why]
-        noted = examples.setdefault(reason, [])
-        for place in where[: _EXAMPLES - len(noted)]:
-            noted.append(f"{data[place]['source']}/{data[place]['id']} {found[place]}")
-        return data.select([place for place, why in enumerate(found) if not why]) if where else data
-
-    data = drop("unusable gold", filters.unusable_golds(data))
-    data = drop("conflicting golds", filters.conflicts(data))
-    data = drop("repeated", filters.repeats(data))
-    if tokenizer is not None and max_tokens is not None:
-        data = drop(f"over {max_tokens} tokens", filters.overlong(data, tokenizer, max_tokens))
-    if evaluation:
-        data = drop("evaluation problem", filters.overlap(data, evaluation))
-    kept = Counter(data["source"])
-    for tally in tallies:
-        tally.kept = kept[tally.source]
-    return data
-
-
-def _write(splits: dict[str, Dataset], summary: Summary, args: PrepareArguments, names: Sequence[str]) -> None:
-    """Write a complete directory, or none."""
-    known = {
-        name: {key: getattr(SOURCES[name], key) for key in ("repo", "revision", "files", "licence", "caution")}
-        for name in names
-        if name in SOURCES
-    }
-    versions = {name: version(name) for name in ("cppo-trl", "datasets", "math-verify")}
-    record = {"arguments": asdict(args), **asdict(summary), "sources": known, "versions": versions}
-    output = Path(args.output_dir)
+def _write(output: Path, splits: dict[str, Dataset], record: Mapping[str, object]) -> None:
+    """Write the whole directory or nothing."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as directory:
         unfinished = Path(directory) / "data"

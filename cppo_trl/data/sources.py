@@ -1,246 +1,201 @@
-"""Sets of mathematical problems with checkable answers, loaded in one form.
-
-Files come from the Hub's cache, which ``hf download`` fills too, from the Hub, or from a local copy.
-"""
+"""Problems with verifiable answers, from the Hub, its cache, or local files, in one set of columns."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, List, Value, load_dataset
-from datasets.fingerprint import Hasher
-from huggingface_hub import snapshot_download
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import HfApi, snapshot_download
+from tqdm.auto import tqdm
 
-from cppo_trl.data.catalogue import SOURCES, Problem, Row, Source
+from cppo_trl.data.catalogue import SOURCES
 from cppo_trl.data.templates import Messages, template_named
-from cppo_trl.rewards.audit import FORMATS
 from cppo_trl.rewards.math import completion_text
 
 FEATURES = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "solution": Value("string"),
-        "source": Value("string"),
-        "id": Value("string"),
-        "subject": Value("string"),
+        **{name: Value("string") for name in ("solution", "source", "id", "subject", "problem")},
         "difficulty": Value("float64"),
-        "problem": Value("string"),
     }
 )
+FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LOCAL_COLUMNS = ("prompt", "solution", "id", "subject", "difficulty")
-_PACKAGE = Path(__file__).parent.parent
-_MODULES = [file for folder in ("data", "rewards") for file in sorted((_PACKAGE / folder).glob("*.py"))]
-# an argument of every map: `datasets` caches results by its functions' names, which do not change with their code
-CODE = Hasher.hash([file.read_text() for file in _MODULES])
 
 
-class SourceUnavailableError(RuntimeError):
-    """A source is neither cached here nor can it be fetched; the message says how to fetch it elsewhere."""
+class SourceUnavailableError(ValueError):
+    """A repository is neither in the Hub cache nor reachable; the message says how to get it."""
 
 
-def load_source(name: str, *, template: str, path: str | Path | None = None) -> Dataset:
-    """Load a source in the common form, each problem once.
+def load_source(name: str, *, template: str) -> Dataset:
+    """Load the distinct problems of a Hub dataset.
 
     Args:
         name: Key of `SOURCES`.
         template: Key of `cppo_trl.data.templates.TEMPLATES`.
-        path: One file of the source, or a folder with its files laid out as on the Hub. Default: the Hub's cache, or
-            the Hub.
 
     Returns:
-        A dataset with the columns of `FEATURES`: ``prompt`` (messages), ``solution`` (the gold answer), ``source``,
-        ``id`` (stable within the source), ``subject``, ``difficulty`` and ``problem`` (the text without template).
+        A dataset with the columns ``prompt`` (messages), ``solution`` (gold answer), ``source``, ``id`` (stable within
+        the source), ``subject``, ``difficulty``, and ``problem`` (the text without template); see `FEATURES`.
 
     Raises:
-        ValueError: If a name is unknown, or files lack a column.
-        SourceUnavailableError: If the files are not here and cannot be fetched.
+        ValueError: If a name is unknown or a column is missing.
+        SourceUnavailableError: If the files are not in the Hub cache and cannot be downloaded.
     """
-    return standardise(load_raw(name, path), name, known_source(name).read, template)
+    if name not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}; got {name!r}")
+    return read_problems([name], template)[0]
 
 
-def load_local(
-    path: str | Path, *, columns: Mapping[str, str] | None = None, template: str = "plain", name: str | None = None
-) -> Dataset:
-    """Load a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file in the common form, each problem once.
+def load_local(path: str | Path, *, columns: Mapping[str, str] | None = None, template: str = "plain") -> Dataset:
+    """Load the distinct problems of a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file.
 
     Args:
         path: The file.
-        columns: From ``prompt`` and ``solution`` (needed), ``id``, ``subject`` and ``difficulty`` to the file's names
-            for them; a name may lead into a nested column (``reward_model.ground_truth``). Default: the same names.
-            A prompt may be a conversation, if the template is ``plain``.
+        columns: Maps ``prompt`` and ``solution`` (required), ``id``, ``subject`` and ``difficulty`` to the file's
+            columns; a dot leads into a nested column (``reward_model.ground_truth``). Defaults to columns named
+            ``prompt`` and ``solution``. Prompts may be conversations if the template is ``plain``.
         template: Key of `cppo_trl.data.templates.TEMPLATES`.
-        name: Put into the column ``source``. Default: the file's name.
 
     Returns:
-        As :func:`load_source`; without a column ``id``, rows are numbered.
+        A dataset with the columns of `load_source`; rows are numbered unless ``id`` is mapped.
 
     Raises:
-        ValueError: If the file is missing or of another kind, or has no such column.
+        ValueError: If the file is missing, empty, malformed or of another format, or lacks a mapped column.
     """
-    wanted = local_columns(columns)
-    return standardise(load_raw_local(path, wanted), name or Path(path).name, LocalReader(wanted), template)
+    return read_problems([str(path)], template, columns)[0]
 
 
-def known_source(name: str) -> Source:
-    """Return the source of that name.
+def local_columns(columns: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return a column map for local files with the required columns filled in.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If a key is not in `LOCAL_COLUMNS`.
     """
-    if name not in SOURCES:
-        raise ValueError(f"source must be one of {', '.join(SOURCES)}, or a local file; got {name!r}")
-    return SOURCES[name]
-
-
-def load_raw(name: str, path: str | Path | None = None) -> Dataset:
-    """Load a source's own rows and columns; arguments and errors as of :func:`load_source`."""
-    source = known_source(name)
-    return _read_files(_files(name, source, path), source.columns)
-
-
-def load_raw_local(path: str | Path, columns: Mapping[str, str]) -> Dataset:
-    """Load a file's own rows, nested columns flattened; arguments and errors as of :func:`load_local`."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
-    data = _read_files([Path(path)], dict.fromkeys(column.split(".")[0] for column in columns.values())).flatten()
-    _check_columns(data.column_names, columns.values(), path)
-    return data
-
-
-def local_columns(columns: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the column map with its defaults.
-
-    Raises:
-        ValueError: If it maps anything but `LOCAL_COLUMNS`.
-    """
-    unknown = set(columns or ()) - set(LOCAL_COLUMNS)
-    if unknown:
+    if unknown := set(columns or ()) - set(LOCAL_COLUMNS):
         raise ValueError(f"columns maps {', '.join(LOCAL_COLUMNS)} to a file's columns; got {', '.join(unknown)}")
     return {"prompt": "prompt", "solution": "solution", **(columns or {})}
 
 
-@dataclass(frozen=True)
-class LocalReader:
-    """From a row of a local file to the common form, by a column map."""
+def read_problems(
+    sources: Iterable[str], template: str, columns: Mapping[str, str] | None = None
+) -> tuple[Dataset, dict[str, int]]:
+    """Load Hub datasets and local files into one dataset, keeping the first row of each problem.
 
-    columns: Mapping[str, str]
+    Args:
+        sources: Keys of `SOURCES`, and paths of local files.
+        template: Key of `cppo_trl.data.templates.TEMPLATES`.
+        columns: Column map of the local files, as in `load_local`.
 
-    def __call__(self, row: Row, index: int) -> Problem:
-        """Read a row."""
-        value = {key: row[column] for key, column in self.columns.items()}
-        text = {key: None if value.get(key) is None else str(value[key]) for key in ("solution", "id", "subject")}
-        difficulty = value.get("difficulty")
-        return {
-            "problem": value["prompt"],
-            "solution": text["solution"],
-            "id": text["id"] or str(index),
-            "subject": text["subject"],
-            "difficulty": None if difficulty is None else float(difficulty),
-        }
+    Returns:
+        The dataset, and the number of rows read from each source.
 
-
-def standardise(raw: Dataset, name: str, read: Callable[[Row, int], Problem], template: str) -> Dataset:
-    """Bring raw rows to the common form; of rows with the same problem and gold, white space aside, keep the first."""
+    Raises:
+        ValueError: As `load_source` and `load_local`.
+    """
     template_named(template)
-    return raw.map(
-        _standardise_batch,
-        batched=True,
-        with_indices=True,
-        remove_columns=raw.column_names,
-        features=FEATURES,
-        fn_kwargs={"name": name, "read": read, "template": template, "seen": set(), "code": CODE},
-        desc=f"Reading {name}",
-    )
+    seen: set[str] = set()  # problems with white space collapsed
+    read: dict[str, int] = {}
+    rows: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    for source in sources:
+        known = SOURCES.get(source)
+        where, convert = (known.columns, known.convert) if known else (local_columns(columns), {})
+        raw = read_rows(source_files(source) if known else [Path(source)], where.values())
+        read[source] = len(raw)
+        for index, raw_row in enumerate(tqdm(_rows(raw), total=len(raw), desc=f"Reading {source}", unit="row")):
+            row = {key: raw_row[column] for key, column in where.items()}
+            row |= {key: function(row[key]) for key, function in convert.items()}
+            text = completion_text(row["prompt"])
+            if (collapsed := " ".join(text.split())) in seen:
+                continue
+            seen.add(collapsed)
+            row["id"] = index if row.get("id") is None else row["id"]
+            row |= {"prompt": _messages(row["prompt"], template, source), "source": source, "problem": text}
+            for name, value in FEATURES.encode_example({name: row.get(name) for name in FEATURES}).items():
+                rows[name].append(value)
+    return Dataset.from_dict(rows, features=FEATURES), read
 
 
-def _standardise_batch(
-    batch: dict[str, list[Any]],
-    indices: list[int],
-    name: str,
-    read: Callable[[Row, int], Problem],
-    template: str,
-    seen: set[tuple[str, str | None]],
-    code: str,
-) -> dict[str, list[Any]]:
-    rows: dict[str, list[Any]] = {column: [] for column in FEATURES}
-    for place, index in enumerate(indices):
-        row = read({column: values[place] for column, values in batch.items()}, index)
-        text = completion_text(row["problem"])
-        key = (squeeze(text), row["solution"])
-        if key in seen:
-            continue
-        seen.add(key)
-        common = {**row, "problem": text, "prompt": _prompt(row["problem"], template, name), "source": name}
-        for column, values in rows.items():
-            values.append(common[column])
-    return rows
+def _rows(data: Dataset) -> Iterator[dict[str, Any]]:
+    for batch in data.iter(1000):  # several times as fast as row by row
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
 
 
-def squeeze(text: str) -> str:
-    """Return the text with every run of white space as one space."""
-    return " ".join(text.split())
-
-
-def _prompt(problem: str | Messages, template: str, name: str) -> Messages:
-    if isinstance(problem, str):
-        return template_named(template).render(problem)
+def _messages(prompt: str | Messages, template: str, source: str) -> Messages:
+    if isinstance(prompt, str):
+        return template_named(template).render(prompt)
     if template != "plain":
-        raise ValueError(f"the prompts of {name} are conversations already: use template plain, not {template!r}")
-    return problem
+        raise ValueError(f"the prompts of {source} are conversations: use template plain, not {template!r}")
+    return prompt
 
 
-def _files(name: str, source: Source, path: str | Path | None) -> list[Path]:
-    """Return the source's files, fetched if needed and possible."""
-    if path is not None and Path(path).is_file():
-        return [Path(path)]
-    if path is None:
-        try:
-            folder = Path(
-                snapshot_download(
-                    source.repo, repo_type="dataset", revision=source.revision, allow_patterns=source.files
-                )
-            )
-        except OSError as error:  # not cached and no network, no such revision, not allowed
-            why = f"not in the cache, and could not be fetched ({type(error.__cause__ or error).__name__})"
-            raise SourceUnavailableError(_how_to_fetch(name, source, why)) from error
-    else:
-        folder = Path(path)
-    files = sorted(folder.glob(source.files))
-    shards = re.search(r"-of-(\d+)\.", files[0].name) if files else None
-    if not files or (shards and len(files) % int(shards[1])):
-        why = f"{folder} has {len(files)} of {shards[1] if shards else 'the'} files {source.files}"
-        raise SourceUnavailableError(_how_to_fetch(name, source, why))
-    return files
+def read_rows(files: Sequence[Path], columns: Iterable[str] = ()) -> Dataset:
+    """Read files of one format and flatten nested columns.
 
+    Args:
+        files: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` files.
+        columns: Columns that must exist; of parquet files, no others are read. Defaults to all.
 
-def _how_to_fetch(name: str, source: Source, why: str) -> str:
-    gated = (
-        f", once https://huggingface.co/datasets/{source.repo} has your consent to its terms" if source.gated else ""
-    )
-    return (
-        f"{name}: {source.repo}: {why}.\n"
-        f"  On a machine with a network{gated}:\n    {source.fetch_command(name)}\n"
-        f"  Copy the folder here, and give {name}=PATH/TO/{name} in place of {name}."
-    )
-
-
-def _read_files(files: list[Path], columns: Iterable[str]) -> Dataset:
-    kind = FORMATS.get(files[0].suffix)
-    if kind is None:
-        raise ValueError(f"{files[0]} is none of {', '.join(FORMATS)}")
-    options = {}
-    if kind == "parquet":  # the only kind of which columns can be left out
-        _check_columns(pq.read_schema(files[0]).names, columns, files[0])
-        options["columns"] = list(columns)
-    data = load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
-    _check_columns(data.column_names, columns, files[0])
+    Raises:
+        ValueError: If the first file is missing, empty, malformed or of another format, or lacks a column.
+    """
+    first, columns = files[0], list(columns)
+    if first.suffix not in FORMATS:
+        raise ValueError(f"{first} is not a {', '.join(FORMATS)} file")
+    if not first.is_file():
+        raise ValueError(f"there is no file {str(first)!r}")
+    kind, options = FORMATS[first.suffix], {}
+    try:
+        if kind == "parquet" and columns:  # the only format that can be read by column
+            roots = dict.fromkeys(column.partition(".")[0] for column in columns)
+            options["columns"] = [name for name in pq.read_schema(first).names if name in roots] or None
+        data = load_dataset(kind, data_files=list(map(str, files)), split="train", **options).flatten()
+    except (ValueError, DatasetGenerationError, StopIteration) as error:  # the last for an empty .jsonl file
+        reason = str(error.__cause__ or error) or "no rows"
+        raise ValueError(f"{first} is empty or not valid {kind}: {reason.splitlines()[0]}") from error
+    if missing := [column for column in columns if column not in data.column_names]:
+        raise ValueError(f"{first} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}")
     return data
 
 
-def _check_columns(present: Sequence[str], columns: Iterable[str], path: str | Path) -> None:
-    missing = [column for column in columns if column not in present]
-    if missing:
-        raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(present)}")
+def source_files(name: str) -> list[Path]:
+    """Return the files of a Hub dataset, downloaded to the Hub cache if they are not there.
+
+    Raises:
+        SourceUnavailableError: If they are not in the cache and cannot be downloaded.
+    """
+    source = SOURCES[name]
+    options: dict[str, Any] = {"repo_type": "dataset", "revision": source.revision, "allow_patterns": source.files}
+    files = []
+    with suppress(OSError):
+        files = sorted(Path(snapshot_download(source.repo, local_files_only=True, **options)).glob(source.files))
+    shards = re.search(r"-of-(\d+)\.", files[0].name) if files else None
+    if not files or (shards and len(files) % int(shards[1])):
+        advice = f"On a machine with network access run `{source.download_command}` and copy its cache here"
+        require_on_hub(source.repo, "dataset", advice, source.revision)
+        files = sorted(Path(snapshot_download(source.repo, **options)).glob(source.files))
+    return files
+
+
+def require_on_hub(repo: str, kind: Literal["dataset", "model"], advice: str, revision: str | None = None) -> None:
+    """Check in a single request that the Hub has a repository: without a network, downloads retry for 23 s and more.
+
+    Args:
+        repo: Repository id.
+        kind: ``"dataset"`` or ``"model"``.
+        advice: Last sentence of the message, without a period.
+        revision: Commit, branch or tag; None for the default branch.
+
+    Raises:
+        SourceUnavailableError: If the Hub is not reachable, or refuses.
+    """
+    try:
+        HfApi().repo_info(repo, repo_type=kind, revision=revision, timeout=10)
+    except Exception as error:  # of the Hub client, of its HTTP library, or of the network
+        raise SourceUnavailableError(
+            f"{repo}: this {kind} is not in the Hub cache and cannot be downloaded ({type(error).__name__}). {advice}."
+        ) from error

@@ -1,4 +1,4 @@
-r"""Prompt templates by name: how a problem is put to the model, and where its answer is asked for."""
+r"""Prompt templates by name: how a problem is put to the model and where its answer is asked for."""
 
 from dataclasses import dataclass
 
@@ -7,11 +7,11 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Template:
-    """Texts of a conversational prompt.
+    """The texts of a conversational prompt.
 
     Attributes:
-        user: The user's message; ``{problem}`` stands for the problem.
-        system: The system message, or None for none.
+        user: User message; ``{problem}`` is replaced by the problem.
+        system: System message, or None.
     """
 
     user: str
@@ -19,21 +19,21 @@ class Template:
 
     def render(self, problem: str) -> Messages:
         """Return the messages for a problem."""
-        # not str.format: the braces of \boxed{} are meant
+        # str.format would trip over the braces of \boxed{}
         messages = [{"role": "user", "content": self.user.replace("{problem}", problem)}]
         return messages if self.system is None else [{"role": "system", "content": self.system}, *messages]
 
 
 TEMPLATES = {
-    # word for word what DAPO-Math-17k's own prompts hold
+    # verbatim from the prompts of DAPO-Math-17k
     "dapo": Template(
         "Solve the following math problem step by step. The last line of your response should be of the form "
         "Answer: $Answer (without quotes) where $Answer is the answer to the problem.\n\n{problem}\n\n"
         'Remember to put your answer on its own line after "Answer:".'
     ),
-    # as the model cards of Qwen2.5-Math and Qwen3 advise
+    # as recommended by the model cards of Qwen2.5-Math and Qwen3
     "boxed": Template("{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."),
-    # for models that do not think of themselves; goes with `cppo_trl.rewards.format_reward`
+    # for models that do not reason unprompted; pairs with `cppo_trl.rewards.format_reward`
     "thinking": Template(
         "{problem}\n\nPut your final answer within \\boxed{}.",
         system="First think the problem through, then answer. Write your thoughts between <think> and </think>, and "
@@ -44,10 +44,10 @@ TEMPLATES = {
 
 
 def template_named(name: str) -> Template:
-    """Return a template.
+    """Return the template of that name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If there is none.
     """
     if name not in TEMPLATES:
         raise ValueError(f"template must be one of {', '.join(TEMPLATES)}; got {name!r}")
@@ -55,7 +55,7 @@ def template_named(name: str) -> Template:
 
 
 def strip_template(template: Template, text: str) -> str:
-    """Return the problem that the template's user message was made of; any other text is returned as it is."""
+    """Return the problem inside a rendered user message, or the stripped text if the template does not match."""
     before, after = template.user.split("{problem}")
     text = text.strip()
     if text.startswith(before) and text.endswith(after):

@@ -1,6 +1,7 @@
-"""Every source's files with the columns that the real ones have, laid out as `hf download` leaves them."""
+"""Small files of every source with the columns of the real ones, in a Hub cache of their own."""
 
 import json
+from functools import partial
 
 import datasets
 import huggingface_hub
@@ -86,28 +87,34 @@ def write_rows(file, rows):
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def local_copy(name, directory):
-    """What `hf download --local-dir` leaves."""
-    for file, rows in FILES[name].items():
-        write_rows(directory / file, rows)
-    return directory
-
-
 @pytest.fixture(autouse=True)
 def caches(tmp_path, monkeypatch):
-    """Empty caches of `datasets` and of the Hub; returns the latter's directory."""
+    """Empty caches of `datasets` and of the Hub; the directory of the latter."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
 
 
+def put_in_cache(caches, name, files=None):
+    """Put files of a source into a Hub cache as `hf download` does; by default those of `FILES`."""
+    source = SOURCES[name]
+    repository = caches / f"datasets--{source.repo.replace('/', '--')}"
+    commit = source.revision or "c" * 40
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs/main").write_text(commit)
+    for file, rows in (files or FILES[name]).items():
+        write_rows(repository / "snapshots" / commit / file, rows)
+
+
+@pytest.fixture
+def cached(caches):
+    """`put_in_cache` for the Hub cache of the test."""
+    return partial(put_in_cache, caches)
+
+
 @pytest.fixture
 def hub(caches):
-    """The Hub's cache as `hf download` fills it, with all sources."""
-    for name, source in SOURCES.items():
-        repository = caches / f"datasets--{source.repo.replace('/', '--')}"
-        commit = source.revision or "c" * 40
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs/main").write_text(commit)
-        local_copy(name, repository / "snapshots" / commit)
+    """The Hub cache with all sources; its directory."""
+    for name in SOURCES:
+        put_in_cache(caches, name)
     return caches

@@ -34,15 +34,7 @@ def test_unusable_golds_are_those_the_reward_skips():
     assert [reason is not None for reason in reasons] == skipped
     assert skipped == [False, True, False, True, True, False, False]
     assert reasons[1] == "unparseable_gold: None"
-
-
-def test_all_rows_of_a_conflict_go_and_all_but_the_first_of_a_repeat():
-    data = problems(("a", "1/2"), ("b", "3"), ("a ", "0.5"), ("b", "4"), (" b", "3.0"), ("c", "5"))
-    conflicting = filters.conflicts(data)
-    assert [reason is not None for reason in conflicting] == [False, True, False, True, True, False]
-    assert conflicting[1] == "4, but 3"
-    kept = data.select([row for row, reason in enumerate(conflicting) if reason is None])
-    assert filters.repeats(kept) == [None, "as x/0", None]
+    assert filters.unusable_golds(problems(("1+1?", "2")).select([])) == []
 
 
 @pytest.mark.parametrize(
@@ -54,14 +46,14 @@ def test_all_rows_of_a_conflict_go_and_all_but_the_first_of_a_repeat():
     ],
 )
 def test_spelling_does_not_hide_a_problem(one, other):
-    assert filters.normalise(one) == filters.normalise(other)
+    assert filters.letters_and_digits(one) == filters.letters_and_digits(other)
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("$x^2$", "$x^3$"), (r"$\alpha$", r"$\beta$"), ("你好", "您好"), (r"\leftarrow", "arrow")]
 )
 def test_other_problems_stay_apart(one, other):
-    assert filters.normalise(one) != filters.normalise(other)
+    assert filters.letters_and_digits(one) != filters.letters_and_digits(other)
 
 
 LONG = "Find the number of ordered pairs of positive integers whose sum is 2024."
@@ -102,7 +94,7 @@ def test_overlap_agrees_with_a_plain_search():
     evaluation = problems(*((text, "1") for text in texts[::7]))
     data = problems(*((f"{'x' * (number % 4)} {text} end", "1") for number, text in enumerate(texts)))
     plain = [
-        any(filters.normalise(sought) in filters.normalise(text) for sought in evaluation["problem"])
+        any(filters.letters_and_digits(sought) in filters.letters_and_digits(text) for sought in evaluation["problem"])
         for text in data["problem"]
     ]
     assert [reason is not None for reason in filters.overlap(data, [evaluation])] == plain
@@ -117,11 +109,3 @@ def test_prompts_are_measured_with_their_chat_template():
     data = problems(("1+1", "2"), ("1+11", "12"))
     assert filters.overlong(data, tokenizer, 5) == [None, "6 tokens"]
     assert filters.overlong(data, tokenizer, 4) == ["5 tokens", "6 tokens"]
-
-
-def test_parts_come_back_in_order(monkeypatch):
-    monkeypatch.setattr(filters, "_ROWS_PER_PART", 3)
-    golds = [str(number) if number % 4 else None for number in range(10)]
-    reasons = filters.unusable_golds(problems(*((f"Problem {n}", gold) for n, gold in enumerate(golds))))
-    assert [reason is None for reason in reasons] == [gold is not None for gold in golds]
-    assert filters.unusable_golds(problems(("1+1?", "2")).select([])) == []

@@ -1,4 +1,4 @@
-"""Evaluation during training: the right numbers at the right updates, and a training that does not notice."""
+"""Evaluation during training: the right metrics at the right updates, and training unaffected."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def problems():
     return sums + problems_of("pairs", arithmetic.problems(2, 2, 0))
 
 
-def test_it_evaluates_on_time_and_training_goes_on_as_without(make_trainer):
+def test_it_evaluates_on_time_and_leaves_training_unaffected(make_trainer):
     fields = {"max_steps": 5, "logging_steps": 5, "learning_rate": 1e-2}
     alone = make_trainer(**fields)
     alone.train()
@@ -39,15 +39,21 @@ def test_it_evaluates_on_time_and_training_goes_on_as_without(make_trainer):
         def on_step_end(self, args, state, control, model, **kwargs):
             modes.append(model.training)
 
-    trainer.add_callback(EvaluationCallback(trainer, problems(), SAMPLING, every=2, reward=right_if_short))
+    callback = EvaluationCallback(trainer, problems(), SAMPLING, every=2, reward=right_if_short)
+    trainer.add_callback(callback)
     trainer.add_callback(Modes())
+    assert callback.card_sections() == {}
     trainer.train()
+    rows = callback.card_sections()["Evaluation"].splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| update {step}", name] for step in (0, 5) for name in ("sums", "pairs", "mean")
+    ]
     assert modes == [True] * 5
     for name, weight in alone.model.state_dict().items():
         assert torch.equal(weight, trainer.model.state_dict()[name]), name
     evaluations = [row for row in trainer.state.log_history if "eval_avg@4" in row]
     assert [row["step"] for row in evaluations] == [0, 2, 4, 5]
-    # the rows of training are as without: the mean over all five updates, and the summary
+    # training rows are those of a run without evaluation: the mean over all five updates, and the summary
     assert training_rows(trainer) == training_rows(alone)
     assert len(training_rows(alone)) == 2
     assert len({row["eval_avg@4"] for row in evaluations}) > 1
@@ -64,7 +70,7 @@ def test_it_evaluates_on_time_and_training_goes_on_as_without(make_trainer):
 
 
 @pytest.mark.parametrize("peft", [None, LoraConfig(task_type="CAUSAL_LM", r=4)], ids=["full", "lora"])
-def test_the_numbers_are_those_of_the_model(make_trainer, peft):
+def test_the_metrics_are_those_of_the_model(make_trainer, peft):
     trainer = make_trainer(gradient_checkpointing=True, trainer={"peft_config": peft}, learning_rate=3e-2)
     sums = problems_of("sums", arithmetic.problems(6, 3, 0))
     greedy = Sampling(samples=1, temperature=0, max_new_tokens=6)

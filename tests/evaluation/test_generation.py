@@ -1,4 +1,4 @@
-"""What is sampled: the asked distribution and nothing of the model's own, whatever the batch."""
+"""Samples follow the requested distribution, independently of the batch and of the model's own defaults."""
 
 import pytest
 import torch
@@ -6,7 +6,14 @@ from transformers import GenerationConfig
 
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Sampling, evaluate
-from cppo_trl.evaluation.generation import Completion, TransformersGenerator, completion_of, encode, seed_of
+from cppo_trl.evaluation.generation import (
+    Completion,
+    EngineGenerator,
+    TransformersGenerator,
+    completion_of,
+    encode,
+    seed_of,
+)
 from tests.conftest import digit_reward, tiny_model
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ sign }}{% endif %}"
@@ -22,7 +29,7 @@ def test_padding_and_batches_change_nothing(tokenizer):
     model = tiny_model()
     prompts = encode(tokenizer, ["1+2=", "3+4+5+6=", "7=", "8+9+1+1+1="], {})
     together = TransformersGenerator(model, tokenizer, 3)(prompts, GREEDY, [0] * 4)
-    for prompt, (completion,) in zip(prompts, together, strict=True):
+    for prompt, completion in zip(prompts, together, strict=True):
         tokens = list(prompt)
         while len(tokens) < len(prompt) + 8 and tokens[-1] != tokenizer.eos_token_id:
             tokens.append(model(torch.tensor([tokens])).logits[0, -1].argmax().item())
@@ -40,7 +47,7 @@ def test_samples_follow_the_asked_distribution(tokenizer):
         kept = ranked.cumsum(-1) - ranked < top_p  # the smallest set that reaches top_p
         expected = torch.zeros_like(ranked).scatter(0, order, ranked * kept / (ranked * kept).sum())
         sampling = Sampling(4000, temperature, top_p, max_new_tokens=1)
-        (samples,) = TransformersGenerator(model, tokenizer, 4000)(prompt, sampling, [0])
+        samples = TransformersGenerator(model, tokenizer, 4000)(prompt * 4000, sampling, [0])
         counts = torch.bincount(torch.tensor([c.tokens[0] for c in samples]), minlength=len(expected)) / 4000
         assert counts[expected == 0].sum() == 0
         assert (counts - expected).abs().max() < 4 * 0.5 / 4000**0.5
@@ -51,29 +58,51 @@ def test_the_models_own_sampling_defaults_are_not_used(tokenizer):
     opinionated.generation_config = GenerationConfig(
         do_sample=True, top_k=1, min_p=0.5, repetition_penalty=5.0, num_beams=2, eos_token_id=1, pad_token_id=0
     )
-    prompts = encode(tokenizer, ["1+2=", "3+4="], {})
+    prompts = encode(tokenizer, ["1+2=", "3+4="] * 5, {})
     for sampling in (Sampling(5, 1.0, 1.0, 8), GREEDY):
         samples = [TransformersGenerator(m, tokenizer, 4)(prompts, sampling, [3, 4]) for m in (plain, opinionated)]
         assert samples[0] == samples[1]
-    assert (
-        len(
-            {
-                tuple(c.tokens)
-                for c in TransformersGenerator(plain, tokenizer, 4)(prompts, Sampling(5, max_new_tokens=8), [3])[0]
-            }
-        )
-        > 1
-    )
+    sampled = TransformersGenerator(plain, tokenizer, 4)(prompts[::2], Sampling(5, max_new_tokens=8), [3])
+    assert len({tuple(completion.tokens) for completion in sampled}) > 1
 
 
-def test_length_and_truncation():
+class Engine:
+    """TRL's ``VLLMGeneration`` as far as `EngineGenerator` uses it: it repeats the prompt up to its limit."""
+
+    def __init__(self):
+        self.temperature, self.top_p, self.top_k, self.min_p = 1.0, 1.0, 5, 0.1
+        self.repetition_penalty, self.max_completion_length, self.logprobs = 1.1, 2, 3
+        self.seen = []
+
+    def generate(self, prompts, images, num_generations):
+        self.seen.append((vars(self).copy(), num_generations))
+        return None, [prompt[: self.max_completion_length] for prompt in prompts], None, None
+
+
+def test_a_trainers_engine_samples_as_asked_and_is_left_as_it_was(tokenizer):
+    engine = Engine()
+    before = vars(engine).copy()
+    sampling = Sampling(2, temperature=0.7, top_p=0.9, max_new_tokens=4)
+    rows = [[5, 6, 1], [5, 6, 1], [7] * 9, [7] * 9]
+    assert EngineGenerator(engine, tokenizer)(rows, sampling, [0] * 4) == [
+        *[Completion([5, 6, 1], False)] * 2,
+        *[Completion([7] * 4, True)] * 2,
+    ]
+    ((during, samples),) = engine.seen
+    assert samples == 2
+    assert (during["temperature"], during["top_p"], during["max_completion_length"]) == (0.7, 0.9, 4)
+    assert (during["top_k"], during["min_p"], during["repetition_penalty"]) == (0, None, 1.0)
+    assert vars(engine) == before
+
+
+def test_a_completion_ends_at_its_first_end_token_or_is_truncated():
     assert completion_of([5, 6, 1, 0, 0], 1) == Completion([5, 6, 1], False)
     assert completion_of([5, 6, 7], [1, 2]) == Completion([5, 6, 7], True)
     assert completion_of([5, 2, 1], [1, 2]) == Completion([5, 2], False)
     assert completion_of([1, 0], 1) == Completion([1], False)
 
 
-def test_plain_and_conversational_prompts(tokenizer):
+def test_only_conversations_get_the_chat_template(tokenizer):
     conversation = [{"role": "user", "content": "1+2"}]
     with pytest.raises(ValueError, match="no chat template"):
         encode(tokenizer, ["1+2=", conversation], {})
@@ -113,7 +142,7 @@ def test_evaluate_is_reproducible_and_leaves_no_trace(tokenizer):
     assert results[0] == results[1]
 
 
-def test_evaluate_of_known_scores(tokenizer):
+def test_evaluate_averages_over_the_problems_that_count(tokenizer):
     scores = {"a": 1.0, "b": 0.0, "c": 0.5, "d": 1.0, "e": None}
 
     def reward(completions, solution):
@@ -126,7 +155,7 @@ def test_evaluate_of_known_scores(tokenizer):
     assert result.metrics["pass@4"] == 0.5  # half a point is not right
     assert result.metrics["excluded"] == 1
     assert result.as_dict().keys() == {"greedy", "avg_at_4", "avg_at_4_stderr"}
-    with pytest.raises(ValueError, match="solutions has 1 golds for 5"):
+    with pytest.raises(ValueError, match="solutions has 1 gold answers for 5"):
         evaluate(tiny_model(), tokenizer, prompts, ["a"], reward)
 
 

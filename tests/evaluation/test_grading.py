@@ -23,7 +23,7 @@ class Texts(PreTrainedTokenizerFast):
 
 def graded(texts, solution, prompt="?", reward=accuracy_reward):
     completions = [Completion(list(text), False) for text in texts]
-    return grade([Problem("b", "1", prompt, solution)], [completions], Texts(), reward)[0]
+    return grade([Problem("b", "1", prompt, solution)], completions, Texts(), reward)[0]
 
 
 def test_equal_answers_vote_together():
@@ -37,6 +37,16 @@ def test_equal_answers_vote_together():
     assert graded([*texts[:3], r"\boxed{2.0}"], "2").groups == [1, 0, 1, 0]
 
 
+def test_every_problem_gets_its_own_samples():
+    problems = [Problem("b", name, "?", solution) for name, solution in (("x", "1"), ("y", "2"))]
+    texts = [r"\boxed{1}", r"a \boxed{2}", r"\boxed{1}", r"b \boxed{2}"]
+    completions = [Completion(list(text), text.startswith("b")) for text in texts]
+    first, second = grade(problems, completions, Texts(), accuracy_reward)
+    assert (first.id, first.completions, first.scores, first.answers) == ("x", texts[:2], [1, 0], ["1", "2"])
+    assert (second.id, second.completions, second.scores, second.answers) == ("y", texts[2:], [0, 1], ["1", "2"])
+    assert (first.lengths, second.truncated) == ([len(texts[0]), len(texts[1])], [False, True])
+
+
 def test_wrong_answers_are_compared_only_where_it_decides(monkeypatch):
     compared = []
 
@@ -45,14 +55,15 @@ def test_wrong_answers_are_compared_only_where_it_decides(monkeypatch):
         return []
 
     monkeypatch.setattr("cppo_trl.evaluation.grading.compare_answers", compare)
-    assert group_answers([["1/2", "0.5"], ["2", "2", "1/2"]], [[0, 0], [1, 1, 0]]) == [[1, 2], [0, 0, 1]]
+    assert group_answers(["1/2", "0.5"], [0, 0]) == [1, 2]
+    assert group_answers(["2", "2", "1/2"], [1, 1, 0]) == [0, 0, 1]
     assert compared == []
     with pytest.raises(ValueError, match="shorter"):
-        group_answers([["2", "1/2", "0.5"]], [[1, 0, 0]])
+        group_answers(["2", "1/2", "0.5"], [1, 0, 0])
     assert compared == [("1/2", "0.5")]
 
 
-def test_golds_places_and_conversations():
+def test_the_reward_decides_where_answers_are_found_and_how_they_are_scored():
     assert graded([r"\boxed{042}", r"\boxed{42}", "Answer: 42"], "42").scores == [1, 1, 1]  # AIME: 0 to 999
     assert graded([r"\boxed{1}"] * 2, None).excluded
     boxed = graded(["Answer: 42", r"\boxed{42}"], "42", reward=AccuracyReward("boxed"))
@@ -67,7 +78,7 @@ def test_golds_places_and_conversations():
     assert seen == [[{"role": "assistant", "content": "x"}]]
 
 
-def test_problems_of_files_and_datasets(tmp_path):
+def test_problems_come_from_files_and_datasets_and_wrong_ones_are_named(tmp_path):
     data = arithmetic.problems(3, 2, 0)
     data.to_json(tmp_path / "sums.jsonl")
     data.add_column("id", ["x", "y", "z"]).to_parquet(tmp_path / "named.parquet")
@@ -86,5 +97,5 @@ def test_problems_of_files_and_datasets(tmp_path):
         problems_of("b", data.remove_columns("solution"))
     with pytest.raises(ValueError, match="same id"):
         problems_of("b", data.add_column("id", ["x", "y", "x"]))
-    with pytest.raises(ValueError, match="no problems"):
+    with pytest.raises(ValueError, match="b: it has no rows"):
         problems_of("b", data.select([]))

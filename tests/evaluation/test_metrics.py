@@ -54,7 +54,7 @@ def test_numbers_worked_by_hand():
     assert (result["response_length"], result["truncated"]) == (3, 0.125)
 
 
-def test_mean_over_benchmarks():
+def test_the_mean_over_benchmarks_is_unweighted():
     first = [record([1.0, 0.0], benchmark="a"), record([1.0, 1.0], benchmark="a", name="1")]
     second = [record([0.0, 0.0], benchmark="b", name=str(i)) for i in range(3)] + [record([1.0, 0.0], benchmark="b")]
     result = all_metrics(first + second)
@@ -65,7 +65,7 @@ def test_mean_over_benchmarks():
     single = benchmark_metrics([record([1.0, 0.0])])
     assert single["avg@2_stderr"] is None
     assert mean_metrics([single, result["a"]])["avg@2_stderr"] is None
-    with pytest.raises(ValueError, match="b: no problem has a gold"):
+    with pytest.raises(ValueError, match="b: no problem has a readable gold answer"):
         all_metrics([record([None, 1.0])])
 
 
@@ -88,7 +88,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
         ([None, None], [0.0, 0.0], 0.0),
     ],
 )
-def test_majority(groups, scores, expected):
+def test_the_most_frequent_answer_wins_and_on_a_tie_the_first(groups, scores, expected):
     assert maj_at_n(scores, groups) == expected
 
 
@@ -113,7 +113,7 @@ def lighteval_mean_stderr(values):
     return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1)) / math.sqrt(len(values))
 
 
-def test_as_lighteval_on_the_same_generations():
+def test_metrics_agree_with_lighteval_on_the_same_generations():
     generator = random.Random(0)
     problems = [[generator.choice("5678") for _ in range(16)] for _ in range(30)]
     records = []
