@@ -1,8 +1,9 @@
-"""Draw docs/figures/rule.png: one response under CPPO's mask and under one threshold for all tokens.
+"""Draw docs/figures/rule.png: CPPO's limit on D_t along one response, beside DPPO's threshold.
 
     python scripts/draw_rule.py
 
-The divergences are made up (a response that drifts twice); the weights, thresholds and masks are the package's own.
+The divergences are made up; weights, limits and masks are computed by the package. At equal δ, CPPO's threshold
+δ / w_t equals DPPO's at the first token and is looser at every later one; only the prefix budget is tighter.
 """
 
 from pathlib import Path
@@ -34,26 +35,26 @@ def main() -> None:
     prefix = prefix_sums(divergence, mask, **limits)
     kept = cppo_mask(divergence, advantages, away, mask, **limits)[0]
     uniform = dppo_mask(divergence, advantages, away, mask, delta=DELTA)[0]
-    position = torch.arange(1, TOKENS + 1)
-    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    position, spent, weights = torch.arange(1, TOKENS + 1), divergence[0], prefix.weights[0]
+    by_threshold = weights * spent > DELTA
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    weighted, by_threshold = prefix.weighted[0], prefix.weighted[0] > DELTA
     for tokens, color, label in (
         (kept, BLUE, "kept"),
         (~kept & by_threshold, ORANGE, "masked by the threshold"),
         (~kept & ~by_threshold, RED, "masked by the budget"),
     ):
-        top.vlines(position[tokens], 0, weighted[tokens], color=color, linewidth=2.5, label=label)
-    top.plot(position, prefix.threshold[0].clamp(min=0), color="black", linewidth=1.5, label="CPPO's limit $c_t$")
-    top.plot(position, DELTA * prefix.weights[0], color=GREY, linestyle="--", linewidth=1, label="DPPO's: $D_t ≤ δ$")
-    top.set(
-        ylabel="$w_t D_t$",
-        ylim=(0, 0.24),
-        title="Tokens that lead away from the rollout policy, in a response that drifts twice",
+        top.vlines(position[tokens], 0, spent[tokens], color=color, linewidth=2.5, label=label)
+    limit = (prefix.threshold[0] / weights).clamp(min=0)
+    top.plot(
+        position, DELTA / weights, color="black", linestyle=":", linewidth=1.2, label="CPPO's threshold $δ / w_t$"
     )
-    top.legend(fontsize="small", loc="upper left", ncols=3)
-    bottom.plot(position, prefix.average()[0], color="black", label="$S_t / W_t$, average over the prefix")
-    bottom.axhline(DELTA_B, color=GREY, linestyle="--", linewidth=1, label="$δ_b$, its budget")
+    top.plot(position, limit, color="black", linewidth=1.5, label="CPPO's limit with the budget, $c_t / w_t$")
+    top.axhline(DELTA, color=GREY, linestyle="--", linewidth=1.2, label="DPPO's threshold $δ$")
+    top.set(ylabel="$D_t$", ylim=(0, 0.29), title="One response that drifts twice; every token moves away from $μ$")
+    top.legend(fontsize="small", loc="upper left", ncols=2)
+    bottom.plot(position, prefix.average()[0], color="black", label="prefix average $S_t / W_t$")
+    bottom.axhline(DELTA_B, color=GREY, linestyle="--", linewidth=1.2, label="budget $δ_b$")
     bottom.set(xlabel="token of the response", ylabel="drift so far", ylim=(0, None))
     bottom.legend(fontsize="small", loc="lower right")
     path = Path("docs/figures/rule.png")

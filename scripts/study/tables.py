@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def _draw(groups: Groups, draw: Callable[..., None], path: Path, **labels: str) 
     figure = Figure(figsize=(5 * columns + 2, 3.6 * rows), layout="constrained")
     methods = dict.fromkeys(method for setting in groups.values() for method in setting)
     palette = [*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"]]
-    colors = dict(zip(methods, palette, strict=False))
+    colors = dict(zip(methods, cycle(palette), strict=False))
     entries: dict[str, Any] = {}
     for i, (setting, runs_of) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, i + 1, title=setting, **labels)
