@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         output = options.output or (options.runs[0] if len(options.runs) == 1 else Path()) / "report.html"
         write_report(read_runs(options.runs), output)
     except ModuleNotFoundError as error:
-        sys.exit(f"{error.name} is not installed: the report needs cppo-trl's extra `report`.")
+        sys.exit(f"{error.name} is not installed: in the clone, pip install -e '.[report]'")
     except ValueError as error:
         sys.exit(str(error))
     print(output)

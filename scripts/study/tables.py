@@ -137,13 +137,14 @@ def _draw(groups: Groups, draw: Callable[..., None], path: Path, **labels: str) 
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(5 * columns + 2, 3.6 * rows), layout="constrained")
     methods = dict.fromkeys(method for setting in groups.values() for method in setting)
-    palette = [*mpl.color_sequences["tab10"], *mpl.color_sequences["Dark2"]]
-    colors = dict(zip(methods, cycle(palette), strict=False))
+    colors = dict(zip(methods, cycle([*mpl.color_sequences["tab10"], "black", "navy"]), strict=False))
     entries: dict[str, Any] = {}
     for i, (setting, runs_of) in enumerate(groups.items()):
         axes = figure.add_subplot(rows, columns, i + 1, title=setting, **labels)
         for method, runs in runs_of.items():
             draw(axes, method, runs, colors[method])
+        if not axes.lines:
+            axes.text(0.5, 0.5, "none", ha="center", transform=axes.transAxes)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
