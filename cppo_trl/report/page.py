@@ -57,6 +57,8 @@ def _sections(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "config": run.config,
+        "command": run.command,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "pictures": run_pictures(run),
         "theorem": {name: list(run.series(f"cppo/theorem/{name}").values()) for name in _THEOREM},
         "responses": [_response(record, run.config) for record in run.tokens if record["step"] in steps],

@@ -43,22 +43,12 @@ _CURVES = (
     ("Held-out reward", "eval_reward", "reward", "mean over the held-out problems"),
     ("Response length", "completions/mean_length", "tokens", "mean over the rollouts"),
     ("Entropy", "entropy", "nats", "of the policy's next-token distribution, mean over tokens"),
-    (
-        "Masked by the threshold",
-        "cppo/masked_by_threshold",
-        "share",
-        "tokens with w_t D_t > δ, or over the rule's limit",
-    ),
+    ("Masked by the threshold", "cppo/masked_by_threshold", "share", "tokens with w_t D_t > δ (or the rule's limit)"),
     ("Masked by the budget", "cppo/masked_by_budget", "share", "tokens whose prefix exceeds its budget"),
     ("Mean weight", "cppo/weight", "weight", "of a token in the loss; for a mask, 1 minus the masked share"),
     ("Divergence", "cppo/divergence/mean", "D_t", "mean over all tokens, kept or masked"),
     ("Effective budget", "cppo/delta_b", "δ_b", "mean over responses, after calibration to each (Eq. 22)"),
-    (
-        "Rollout mismatch",
-        "cppo/rollout_mismatch",
-        "D_t",
-        "mean divergence before a rollout's first update: numerical noise",
-    ),
+    ("Rollout mismatch", "cppo/rollout_mismatch", "D_t", "mean before a rollout's first update: numerical noise"),
     ("Constraints of Theorem 1", "cppo/theorem/prefixes", "share", "positions where both hold; explained below"),
     ("Deduction of Theorem 1", "cppo/theorem/deduction", "in units of ξ", "vacuous above 2; explained below"),
 )
@@ -84,7 +74,7 @@ def _figure(x: str, y: str, number: str = _NUMBER, **layout: Any) -> go.Figure:
 def curves(groups: Sequence[Group]) -> list[Picture]:
     """Logged scalars over training, one line per group: the mean of its runs, in a band from minimum to maximum.
 
-    A line ends where the shortest run of its group does. Scalars that were not logged, or are zero throughout, are
+    A line ends where the shortest run of its group does. Scalars that were not logged, or are zero in all runs, are
     left out.
     """
     logged = {key for group in groups for run in group.runs for row in run.history for key in row}
@@ -97,10 +87,10 @@ def curves(groups: Sequence[Group]) -> list[Picture]:
         for group, color in zip(groups, cycle(COLORS), strict=False):
             series = [run.series(key) for run in group.runs]
             steps = sorted(set.intersection(*map(set, series)))
-            values = np.array([[each[step] for step in steps] for each in series])
-            if values.any():
+            if steps:
+                values = np.array([[each[step] for step in steps] for each in series])
                 _add_line(figure, group.label, steps, values, color)
-        if figure.data:
+        if any(any(line.y) for line in figure.data):
             pictures.append(Picture(title, note, figure.update_layout(showlegend=len(groups) > 1)))
     return pictures
 

@@ -26,6 +26,8 @@ class Run:
     schedule: Mapping[str, str]
     """the trust region, the loss and so on, in words"""
     config: Mapping[str, Any]
+    command: str
+    versions: Mapping[str, str]
     history: Sequence[Mapping[str, Any]]
     """transformers' log history"""
     profiles: Sequence[Mapping[str, Any]]
@@ -76,8 +78,10 @@ def _read_run(directory: Path, name: str) -> Run:
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state else []
     path = directory / RUN
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    model, schedule, config = about.get("model", ""), about.get("schedule", {}), about.get("config", {})
-    return Run(name, model, schedule, config, history, profiles, read_lines(directory / TOKENS))
+    model, command = about.get("model", ""), about.get("command", "")
+    schedule, config, versions = (about.get(name, {}) for name in ("schedule", "config", "versions"))
+    tokens = read_lines(directory / TOKENS)
+    return Run(name, model, schedule, config, command, versions, history, profiles, tokens)
 
 
 def _step(state: Path) -> int:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,6 +18,12 @@ from tests.report.conftest import CPPO, DPPO, make_run, token_record
 
 def by_title(pictures):
     return {picture.title: picture.figure for picture in pictures}
+
+
+def test_the_report_loads_neither_torch_nor_the_trainer():
+    program = "import sys, cppo_trl.report.page, cppo_trl.report.__main__; print({'torch', 'trl'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "set()"
 
 
 def test_groups_differ_only_in_their_seed(tmp_path):
@@ -145,9 +153,12 @@ def test_a_run_that_logged_little_still_gets_its_page(tmp_path, capsys):
     make_run(tmp_path / "a", 0, DPPO)
     for name in ("trainer_state.json", "run.json", "trust_region_tokens.jsonl"):
         (tmp_path / "a" / name).unlink()
+    about = {"command": "python train.py --beta '<0>'", "versions": {"trl": "1.16.0", "torch": "2.10"}}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(about))
     main([str(tmp_path / "a")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "a" / "report.html")]
     text = (tmp_path / "a" / "report.html").read_text()
+    assert "python train.py --beta &#39;&lt;0&gt;&#39;</code><br>trl 1.16.0, torch 2.10</p>" in text
     assert re.findall("<h2>(.*?)</h2>", text) == ["By position"]  # no empty section, no selector for a single run
 
 
