@@ -72,6 +72,11 @@ PREPARE = """
 
 See [data.md](data.md).
 """
+COMPARE = """
+## scripts/compare.py
+
+The study behind [results.md](results.md); its YAML files are in `configs/compare/`.
+"""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -192,12 +197,13 @@ def reference() -> str:
         for kind, fields_of in {"ScriptArguments": theirs, **names}.items()
     )
     task = runpy.run_path(str(ROOT / "scripts/quickstart.py"))["TaskArguments"]
+    compare = runpy.run_path(str(ROOT / "scripts/compare.py"))["command_line"]()
     return "".join(
         [
             *(HEAD, OWN, added, CHANGED, changed, OF_RULES, rules_table()),
             *(TRAIN, helped(CPPOScriptArguments, theirs), THEIRS, by_class),
             *(DRY_RUN, parsed(dry_run_parser()), TASK, helped(task)),
-            *(EVALUATE, helped(EvaluationArguments), PREPARE, helped(PrepareArguments)),
+            *(EVALUATE, helped(EvaluationArguments), PREPARE, helped(PrepareArguments), COMPARE, parsed(compare)),
         ]
     )
 
