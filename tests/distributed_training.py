@@ -43,6 +43,7 @@ CASES = {
         "skip_zero_std_prompts": True,
     },
 }
+BF16 = {"loss_type": "dapo", "bf16": True, "cast_lm_head_to_fp32": True}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
@@ -99,9 +100,35 @@ class Injected(CPPOTrainer):
         return weight
 
 
+class HeadErrors(Injected):
+    """Keeps how far log π is from an fp32 head on the hidden states of its pass, and what bf16 would make of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.errors, self.rounding, self.hidden = [], [], None
+        module = self.accelerator.unwrap_model(self.model)
+        module.model.norm.register_forward_hook(lambda norm, args, output: setattr(self, "hidden", output.detach()))
+        self.head = module.lm_head
+
+    def get_off_policy_mask(self, **inputs):
+        logps, length = inputs["per_token_logps"].detach(), self.max_completion_length
+        assert logps.dtype == torch.float32
+        weight = self.head.weight
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            logits = self.hidden.float()[:, -length - 1 : -1] @ weight.float().T
+            ids = self._loss.batch["completion_ids"].unsqueeze(-1)
+            full = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
+        own = inputs["mask"].bool()
+        self.errors += (logps - full)[own].abs().tolist()
+        self.rounding += (logps.bfloat16() - full)[own].abs().tolist()
+        return super().get_off_policy_mask(**inputs)
+
+
 def make(case, model, output_dir, layout):
     world = 1 if layout == "one" else PROCESSES
-    fields = {"learning_rate": 1e-2, "loss_type": "dr_grpo", "cppo_delta": 0.05, **CASES[case]}
+    fields = BF16 if case == "bf16" else CASES[case]
+    fields = {"learning_rate": 1e-2, "loss_type": "dr_grpo", "cppo_delta": 0.05, **fields}
     config = CPPOConfig(
         str(output_dir),
         per_device_train_batch_size=MICRO_BATCH * PROCESSES // world,
@@ -120,7 +147,7 @@ def make(case, model, output_dir, layout):
     if layout == "fsdp2":  # Accelerate 1.15 shards on GPUs alone: call this group one of GPUs until it has chosen
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(0)  # of the adapters
-    trainer = Injected(
+    trainer = (HeadErrors if case == "bf16" else Injected)(
         str(model),
         digit_reward,
         config,
@@ -176,8 +203,24 @@ def grade_beside_a_stuck_answer(model, directory):
     }
 
 
+def run_in_bf16(model, output_dir, layout):
+    trainer = make("bf16", model, output_dir, layout)
+    trainer.train()
+    policy = getattr(trainer.accelerator.state, "fsdp_plugin", None) and trainer.accelerator.state.fsdp_plugin
+    return {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "errors": gather_object(trainer.errors),
+        "rounding": gather_object(trainer.rounding),
+        "reduced_in": str(policy.mixed_precision_policy.reduce_dtype) if policy else None,
+    }
+
+
 def main(layout, model, directory):
     results = {}
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        results["bf16"] = run_in_bf16(model, directory / "bf16", layout)
+        finish(results, directory)
+        return
     for case, fields in CASES.items():
         results[case] = run(case, model, directory / case, layout)
         if "save_strategy" in fields:
@@ -185,6 +228,10 @@ def main(layout, model, directory):
             results["resumed"] = run(case, model, directory / "resumed", layout, str(last))
     if layout == "ddp":
         results["rewards"] = grade_beside_a_stuck_answer(model, directory)
+    finish(results, directory)
+
+
+def finish(results, directory):
     if torch.distributed.get_rank() == 0:
         torch.save(results, directory / "results.pt")
     torch.distributed.destroy_process_group()

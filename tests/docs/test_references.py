@@ -19,7 +19,7 @@ from cppo_trl.metrics import loss_record, position_profile, summarize
 from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.rewards import math
 from cppo_trl.rules import RULES
-from tests.test_rules import parameters_of
+from tests.conftest import parameters_of
 
 ROOT = Path(__file__).parents[2]
 OTHERS = (trl.trainer.grpo_config, trl.scripts.utils, transformers.training_args, transformers.hf_argparser)
