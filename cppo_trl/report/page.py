@@ -3,6 +3,7 @@
 import base64
 import gzip
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cppo_trl.report.pictures import FATE_COLORS, FATE_WORDS, curves, run_pictur
 from cppo_trl.report.runs import Run, grouped
 
 _TOKEN_COLUMNS = ("divergence", "position_weight", "threshold", "average", "ratio", "weight")
-_THEOREM = ("prefixes", "responses", "bound_ratio", "deduction")
+_THEOREM = ("prefixes", "responses", "bound_ratio", "deduction", "range")
 
 
 def write_report(runs: Sequence[Run], path: Path) -> None:
@@ -54,13 +55,15 @@ def _row(run: Run, group: str) -> dict[str, Any]:
 def _sections(run: Run) -> dict[str, Any]:
     """What the page shows of a single run."""
     steps = shown_steps(run.tokens)
+    theorem = {name: list(run.series(f"cppo/theorem/{name}").values()) for name in _THEOREM}
+    vacuous = sum(map(operator.gt, theorem["deduction"], theorem["range"]))
     return {
         "name": run.name,
         "config": run.config,
         "command": run.command,
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "pictures": run_pictures(run),
-        "theorem": {name: list(run.series(f"cppo/theorem/{name}").values()) for name in _THEOREM},
+        "theorem": {**theorem, "vacuous": vacuous},
         "responses": [_response(record, run.config) for record in run.tokens if record["step"] in steps],
     }
 

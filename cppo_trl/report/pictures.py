@@ -50,7 +50,7 @@ _CURVES = (
     ("Effective budget", "cppo/delta_b", "δ_b", "mean over responses, after calibration to each (Eq. 22)"),
     ("Rollout mismatch", "cppo/rollout_mismatch", "D_t", "mean before a rollout's first update: numerical noise"),
     ("Constraints of Theorem 1", "cppo/theorem/prefixes", "share", "positions where both hold; explained below"),
-    ("Deduction of Theorem 1", "cppo/theorem/deduction", "in units of ξ", "vacuous above 2; explained below"),
+    ("Deduction of Theorem 1", "cppo/theorem/deduction", "reward", "vacuous above 2ξ; explained below"),
 )
 """Title, key of the log, unit (a ``share`` is shown in percent) and note of each scalar drawn over training."""
 

@@ -41,6 +41,7 @@ def make_run(directory, seed=0, rule=CPPO, **extra):
             if budget:
                 row |= {"cppo/delta_b": 0.03, "cppo/theorem/prefixes": 0.75, "cppo/theorem/responses": 0.5}
                 row |= {"cppo/theorem/bound_ratio": 0.3 + step / 80, "cppo/theorem/deduction": 1.0 + step / 4}
+                row |= {"cppo/theorem/range": 2.0}
             history.append(row)
     history.append({"step": 4, "eval_avg@16": 0.25, "eval_aime24/avg@16": 0.5, "eval_avg@16_stderr": 0.01})
     (directory / "trainer_state.json").write_text(json.dumps({"log_history": history}))

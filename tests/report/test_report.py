@@ -129,8 +129,10 @@ def test_the_page_is_self_contained(page):
 
 def test_the_theorem_in_words_and_numbers(page):
     text = " ".join(re.sub("<[^>]+>", "", page.read_text()).split())
-    assert "(T = 9, δ = 0.1, wmin = 0.8, the largest δb in force) it is at most 3 ξ" in text
-    assert "vacuous in 2 of 4 logged updates" in text  # 1.5, 2, 2.5, 3 against the range 2
+    assert "δ = 0.1, wmin = 0.8; δb, T and ξ are the largest budget in force" in text
+    assert (
+        "it is at most 3. J itself has a range of 2ξ, at most 2: the bound is vacuous in 2 of 4 logged" in text
+    )  # 1.5, 2, 2.5, 3 against the range 2
     assert "is at most 0.4: the bound is tighter" in text
     assert "held at 75.00 % of the positions, and at all positions of 50.00 % of the responses" in text
     assert text.count("Theorem 1 as a gauge") == 2  # not for DPPO

@@ -150,9 +150,12 @@ def test_a_table_by_hand(tmp_path):
     assert "**b**, warm start: avg@16 0.400, greedy 0.900" in text
 
 
+@pytest.mark.timeout(900)
 def test_the_command_resumes_and_repeats_a_run_exactly(tmp_path):
-    config = write(tmp_path, settings={"a": {"methods": ["cppo"]}, "stale": {"stale_rollouts": 1, "seeds": [0]}})
-    command = [sys.executable, str(ROOT / "scripts/study/compare.py"), "--config", str(config), "--processes", "2"]
+    config = write(
+        tmp_path, seeds=[0], settings={"a": {"methods": ["cppo"]}, "stale": {"stale_rollouts": 1, "methods": ["dppo"]}}
+    )
+    command = [sys.executable, str(ROOT / "scripts/study/compare.py"), "--config", str(config), "--processes", "1"]
     command += ["--output", "out"]
 
     def compare():
@@ -162,13 +165,13 @@ def test_the_command_resumes_and_repeats_a_run_exactly(tmp_path):
     assert first.returncode == 0, first.stderr[-3000:]
     lines = (tmp_path / "out/small.jsonl").read_text().splitlines()
     records = {(r["setting"], r["method"], r["seed"]): r for r in map(json.loads, lines)}
-    assert set(records) == {("a", "cppo", 0), ("a", "cppo", 1), ("stale", "cppo", 0), ("stale", "dppo", 0)}
+    assert set(records) == {("a", "cppo", 0), ("stale", "dppo", 0)}
     for made in records.values():
         assert [point[0] for point in made["evaluations"]] == [0, 2, 3]
         assert len(made["reward"]) == len(made["masked"]) == 3
         assert sum(made["profile"]["tokens"]) >= 3 * 8  # every response has at least one token
     (tmp_path / "out/small.jsonl").write_text("\n".join(lines[1:]) + "\n")
-    assert "4 runs, 3 of them finished" in compare().stdout
+    assert "2 runs, 1 of them finished" in compare().stdout
     repeated, original = json.loads((tmp_path / "out/small.jsonl").read_text().splitlines()[-1]), json.loads(lines[0])
     assert repeated["reward"] == original["reward"]
     assert repeated["evaluations"] == original["evaluations"]
