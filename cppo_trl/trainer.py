@@ -77,6 +77,7 @@ class CPPOTrainer(GRPOTrainer):
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         checks.check_arguments(args, given.arguments)
+        checks.require_rows(given.arguments.get("train_dataset"), args)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         checks.check_model(args, self.model)
         checks.keep_fp32_outputs(self.accelerator)
@@ -172,7 +173,7 @@ class CPPOTrainer(GRPOTrainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.accelerator, self.model, self.state.global_step)
         super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
