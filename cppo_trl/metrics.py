@@ -247,6 +247,7 @@ def summarize(
         fractions["theorem/prefixes"] = (n["theorem_prefixes"], n["tokens"])
         fractions["theorem/responses"] = (n["theorem_responses"], n["budgeted"])
         fractions["theorem/deduction"] = (certified.deduction, float(n["budgeted"] > 0))
+        fractions["theorem/range"] = (2 * largest["advantage"], float(n["budgeted"] > 0))  # of J
         fractions["theorem/bound_ratio"] = (certified.ratio, float(n["budgeted"] > 0))
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
     if n["nonfinite_losses"] > 0:

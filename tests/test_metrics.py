@@ -113,6 +113,7 @@ def test_theorem_1_by_hand():
     assert metrics["cppo/theorem/bound_ratio"] == pytest.approx(0.05 / 0.08)
     # T = 3, xi = 1: 2 x 3 x 2 x .1 x .05 / .8 = .075, and the slack 4 x 2 x .01 / .8 = .1
     assert metrics["cppo/theorem/deduction"] == pytest.approx(0.175)
+    assert metrics["cppo/theorem/range"] == 2.0
     assert not any("theorem" in name for name in scalars(record_of(*rows)))
 
 
@@ -129,6 +130,7 @@ def test_theorem_1_counts_with_the_largest_budget_response_and_advantage():
     assert metrics["cppo/theorem/deduction"] == pytest.approx(
         2 * 3 * 4 * 3 * 0.1 * 0.04 / 0.8 + 4 * 3 * 3 * 0.01 / 0.8
     )
+    assert metrics["cppo/theorem/range"] == 6.0
 
 
 def test_tokens_at_a_bound_are_counted():

@@ -1,4 +1,4 @@
-"""Runs as the report sees them: read from the files in their ``output_dir``, and grouped by what tells them apart."""
+"""Runs as the report sees them: read from the files in their ``output_dir``, and grouped by configuration."""
 
 import json
 import re
@@ -14,19 +14,20 @@ _BOOKKEEPING = re.compile(
     "(seed|data_seed|output_dir|run_name|project|report_to|disable_tqdm|num_completions_to_print|resume_from_checkpoint)$"
     "|(log|logging|save|eval|per_device_eval|hub|push_to_hub|trackio)_"
 )
-"""Fields of the configuration in which runs of one group may differ."""
+"""Fields of the configuration that may differ within a group."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run logged; each part may be empty."""
+    """What a run logged; any part may be empty."""
 
-    directory: Path
     name: str
     model: str
     schedule: Mapping[str, str]
-    """the trust region, the loss and so on in words"""
+    """the trust region, the loss and so on, in words"""
     config: Mapping[str, Any]
+    command: str
+    versions: Mapping[str, str]
     history: Sequence[Mapping[str, Any]]
     """transformers' log history"""
     profiles: Sequence[Mapping[str, Any]]
@@ -35,7 +36,7 @@ class Run:
     """the responses logged token by token"""
 
     def series(self, key: str) -> dict[int, float]:
-        """Values of a logged scalar by update."""
+        """A logged scalar by update."""
         return {row["step"]: row[key] for row in self.history if row.get(key) is not None}
 
     @property
@@ -47,28 +48,23 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     label: str
     runs: Sequence[Run]
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """Read the runs, each named by the shortest end of its path that tells it apart.
+    """Read runs. A run is named after its directory, or by its whole path where two directories share a name.
 
     Raises:
-        ValueError: for a directory without logs, or one named twice.
+        ValueError: for a directory without logs, or one given twice.
     """
     paths = [directory.resolve() for directory in directories]
-    if twice := {str(path) for path in paths if paths.count(path) > 1}:
-        raise ValueError(f"{', '.join(sorted(twice))}: named twice.")
-    runs = []
-    for directory, path in zip(directories, paths, strict=True):
-        ends = ["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)]
-        others = [other for other in paths if other != path]
-        name = next(end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in others))
-        runs.append(_read_run(directory, name))
-    return runs
+    names = [path.name for path in paths]
+    if repeated := {str(path) for path in paths if paths.count(path) > 1}:
+        raise ValueError(f"{', '.join(sorted(repeated))}: given twice.")
+    return [_read_run(path, path.name if names.count(path.name) == 1 else str(path)) for path in paths]
 
 
 def _read_run(directory: Path, name: str) -> Run:
@@ -82,8 +78,10 @@ def _read_run(directory: Path, name: str) -> Run:
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state else []
     path = directory / RUN
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    model, schedule, config = about.get("model", ""), about.get("schedule", {}), about.get("config", {})
-    return Run(directory, name, model, schedule, config, history, profiles, read_lines(directory / TOKENS))
+    model, command = about.get("model", ""), about.get("command", "")
+    schedule, config, versions = (about.get(name, {}) for name in ("schedule", "config", "versions"))
+    tokens = read_lines(directory / TOKENS)
+    return Run(name, model, schedule, config, command, versions, history, profiles, tokens)
 
 
 def _step(state: Path) -> int:
@@ -91,7 +89,7 @@ def _step(state: Path) -> int:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Group the runs that differ in nothing but their seed; a group is labelled by what tells it from the others."""
+    """Group the runs that differ only in their seed; a label holds the fields that differ between groups."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         key = json.dumps(_setting(run), sort_keys=True) if run.config else run.name
@@ -107,7 +105,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 
 def _setting(run: Run) -> dict[str, Any]:
-    """What a run was made with, seed and bookkeeping apart; a model's path may name the seed."""
+    """The configuration without seed and bookkeeping; a seed in the model's path is blanked."""
     method = {k: v for k, v in sorted(run.config.items(), key=_trust_region_first) if not _BOOKKEEPING.match(k)}
     return {**method, "model": re.sub(rf"(seed\D?){run.config.get('seed')}\b", r"\1*", run.model)}
 

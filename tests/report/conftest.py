@@ -1,4 +1,4 @@
-"""Logged files of runs that were never made, small enough to work out by hand."""
+"""Log files of made-up runs, small enough to check by hand."""
 
 import json
 
@@ -9,12 +9,13 @@ from cppo_trl.report.__main__ import main
 
 UPDATES, POSITIONS = 8, 4
 CONFIG = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 2}
+CONFIG |= {"max_completion_length": 9}
 CPPO = {"trust_region": "cppo", "cppo_delta": 0.1, "cppo_delta_b": 0.02, "cppo_w_min": 0.8}
 DPPO = {"trust_region": "dppo", "cppo_delta": 0.1, "cppo_delta_b": None, "cppo_w_min": 0.8}
 
 
 def make_run(directory, seed=0, rule=CPPO, **extra):
-    """A run of `UPDATES` updates, two for each rollout; its numbers grow with update and seed."""
+    """A run of `UPDATES` updates, two per rollout; its numbers grow with update and seed."""
     budget = rule["trust_region"] == "cppo"
     config = {**CONFIG, **rule, "cppo_divergence": "binary_tv", "seed": seed, "output_dir": str(directory), **extra}
     write_run(directory, f"task/seed-{seed}/warm_start", {"trust region": rule["trust_region"]}, config)
@@ -39,7 +40,8 @@ def make_run(directory, seed=0, rule=CPPO, **extra):
             row |= {"cppo/masked_by_budget": 0.0}
             if budget:
                 row |= {"cppo/delta_b": 0.03, "cppo/theorem/prefixes": 0.75, "cppo/theorem/responses": 0.5}
-                row |= {"cppo/theorem/bound_ratio": 0.375}
+                row |= {"cppo/theorem/bound_ratio": 0.3 + step / 80, "cppo/theorem/deduction": 1.0 + step / 4}
+                row |= {"cppo/theorem/range": 2.0}
             history.append(row)
     history.append({"step": 4, "eval_avg@16": 0.25, "eval_aime24/avg@16": 0.5, "eval_avg@16_stderr": 0.01})
     (directory / "trainer_state.json").write_text(json.dumps({"log_history": history}))
@@ -60,7 +62,7 @@ def token_record(budget):
 
 @pytest.fixture(scope="session")
 def page(tmp_path_factory):
-    """The report of two seeds of CPPO and a run of DPPO, made by the command."""
+    """The report of two seeds of CPPO and one run of DPPO, written by the command."""
     directory = tmp_path_factory.mktemp("runs")
     runs = [make_run(directory / "cppo-0"), make_run(directory / "cppo-1", 1), make_run(directory / "dppo", 0, DPPO)]
     path = directory / "report.html"

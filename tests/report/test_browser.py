@@ -33,6 +33,7 @@ def test_tokens_and_runs_in_a_browser(page):
         assert tab.locator("#run-2").is_hidden()
         visible = ".figure:visible"
         assert tab.locator(f"{visible} .main-svg").count() >= tab.locator(visible).count() > 8
+        assert tab.locator(".modebar-container .modebar-btn").count() == 0
         assert run.locator(".tokens span").all_text_contents() == ["2", "⏎\n", "</script>", "∑"]
 
         run.locator(".tokens span").nth(2).hover()

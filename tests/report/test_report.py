@@ -1,18 +1,32 @@
-"""What the report draws, from logged files whose numbers are known."""
+"""What the report draws, from log files whose numbers are known."""
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cppo_trl.report.__main__ import main
-from cppo_trl.report.panels import curves, heat_maps, logged_steps, masked_by_cause, prefix_averages, token_plot
+from cppo_trl.report.figures import plot_curves
+from cppo_trl.report.pictures import curves, run_pictures, shown_steps, token_figure
 from cppo_trl.report.runs import grouped, read_runs
 from tests.report.conftest import CPPO, DPPO, make_run, token_record
 
 
-def test_groups_differ_in_their_seed_alone(tmp_path):
+def by_title(pictures):
+    return {picture.title: picture.figure for picture in pictures}
+
+
+def test_the_report_loads_neither_torch_nor_the_trainer():
+    program = "import sys, cppo_trl.report.page, cppo_trl.report.__main__; print({'torch', 'trl'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "set()"
+
+
+def test_groups_differ_only_in_their_seed(tmp_path):
     paths = [make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1), make_run(tmp_path / "c", 0, DPPO)]
     paths += [make_run(tmp_path / "d", 0, {**CPPO, "cppo_w_min": 0.5}), make_run(tmp_path / "e", 1, save_steps=7)]
     groups = grouped(read_runs(paths))
@@ -22,7 +36,7 @@ def test_groups_differ_in_their_seed_alone(tmp_path):
         "cppo, delta_b 0.02, w_min 0.5": ["d"],
     }
     assert [group.label for group in grouped(read_runs(paths[:2]))] == ["a"]
-    # another model is another group, and a run that logged no configuration one of its own
+    # a different model is a different group, and a run without a logged configuration is one of its own
     state = json.loads((paths[1] / "run.json").read_text())
     (paths[1] / "run.json").write_text(json.dumps({**state, "model": "other"}))
     (paths[4] / "run.json").unlink()
@@ -32,82 +46,96 @@ def test_groups_differ_in_their_seed_alone(tmp_path):
 def test_a_line_is_the_mean_of_its_group_in_a_band_over_the_updates_of_all(tmp_path):
     paths = [make_run(tmp_path / "a", 0), make_run(tmp_path / "b", 1), make_run(tmp_path / "c", 0, DPPO)]
     state = tmp_path / "b" / "trainer_state.json"
-    history = [row for row in json.loads(state.read_text())["log_history"] if row["step"] < 8]  # died early
+    history = [row for row in json.loads(state.read_text())["log_history"] if row["step"] < 8]  # interrupted
     (tmp_path / "b" / "checkpoint-2").mkdir()
     (tmp_path / "b" / "checkpoint-10").mkdir()
     (tmp_path / "b" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (tmp_path / "b" / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": []}))
     state.unlink()
-    panels = {panel.name: panel for panel in curves(grouped(read_runs(paths)))}
-    cppo, dppo = panels["reward"].lines
+    figures = by_title(curves(grouped(read_runs(paths))))
+    high, low, cppo, dppo = figures["Training reward"].data
     assert list(cppo.x) == [2, 4, 6]
-    assert cppo.y == pytest.approx([0.7, 0.9, 1.1])
-    assert (list(cppo.low), list(cppo.high)) == (pytest.approx([0.2, 0.4, 0.6]), pytest.approx([1.2, 1.4, 1.6]))
-    assert (list(dppo.x), dppo.low) == ([2, 4, 6, 8], None)
-    assert list(panels["entropy"].lines[0].x) == [4, 6]  # no value was logged at 2
-    assert [line.label for line in panels["budget"].lines] == [cppo.label]  # DPPO has no budget
-    assert len(panels["accuracy"].lines) == 4  # two benchmarks, and no standard error
-    assert "mismatch" not in panels
+    assert list(cppo.y) == pytest.approx([0.7, 0.9, 1.1])
+    assert (list(low.y), list(high.y)) == (pytest.approx([0.2, 0.4, 0.6]), pytest.approx([1.2, 1.4, 1.6]))
+    assert (low.fill, low.fillcolor, cppo.line.color) == ("tonexty", "#0072B226", "#0072B2")
+    assert list(dppo.x) == [2, 4, 6, 8]
+    assert list(figures["Entropy"].data[2].x) == [4, 6]  # no value was logged at 2
+    assert [line.name for line in figures["Effective budget"].data if line.name] == [cppo.name]  # DPPO has no budget
+    assert list(figures["Deduction of Theorem 1"].data[2].y) == pytest.approx([1.5, 2.0, 2.5])
+    accuracy = [title for title in figures if title.startswith("Held-out accuracy")]
+    assert accuracy == ["Held-out accuracy, aime24/avg@16", "Held-out accuracy, avg@16"]  # no standard errors
+    assert list(figures[accuracy[0]].data[2].y) == [0.5]
+    assert "Masked by the budget" not in figures  # zero throughout
+    assert "Rollout mismatch" not in figures  # not logged
 
 
 def test_pictures_by_training_and_position(tmp_path):
     (run,) = read_runs([make_run(tmp_path / "a")])
-    threshold, budget, divergence = heat_maps(run)
-    assert list(threshold.x) == [2, 4, 6, 8]  # a column for each rollout of two updates
+    figures = by_title(run_pictures(run))
+    threshold, budget, divergence = (figure.data[0] for title, figure in figures.items() if "by position" in title)
+    assert list(threshold.x) == [2, 4, 6, 8]  # one column per rollout of two updates
     assert list(threshold.y) == [0.125, 0.375, 0.625, 0.875]
     np.testing.assert_allclose(threshold.z, [[0, 0.1, 0.1, 0.1]] * 4)
     np.testing.assert_allclose(budget.z[3], [0.06, 0.14, 0.22, 0.3])
     np.testing.assert_allclose(divergence.z[0], [0.015, 0.035, 0.055, 0.075])
-    by_threshold, by_budget = masked_by_cause(run).lines
-    assert by_threshold.y == pytest.approx([0, 0.1, 0.1, 0.1])
-    assert by_budget.y == pytest.approx([(0.6 + s) / 40 for s in (0.6, 1.4, 2.2, 3.0)])
-    *parts, limit = prefix_averages(run).lines
-    assert parts[0].y == pytest.approx([0, 0.03, 0.06, 0.09])
-    assert parts[-1].label == "to update 8"
+    *parts, limit = figures["Prefix average against budget"].data
+    assert list(parts[0].y) == pytest.approx([0, 0.03, 0.06, 0.09])
+    assert parts[-1].name == "to update 8"
     assert list(limit.y) == [0.03, 0.03]
     (dppo,) = read_runs([make_run(tmp_path / "b", 0, DPPO)])
-    assert prefix_averages(dppo) is None
-    assert [picture.name for picture in heat_maps(dppo)] == ["masked_by_threshold", "divergence"]
-    assert len(masked_by_cause(dppo).lines) == 1
+    assert list(by_title(run_pictures(dppo))) == [
+        "Masked by the threshold, by position",
+        "Mean divergence, by position",
+    ]
 
 
 def test_figure_3_of_a_response():
-    plot = token_plot(token_record(True), CPPO, "")
-    assert plot.bars == {
-        "toward": ([1], [0.05]),
-        "within": ([4], [0.0]),
-        "threshold": ([2], [pytest.approx(0.27)]),
-        "budget": ([3], [pytest.approx(0.01049376)]),
+    def bars(figure):
+        return {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data if trace.type == "bar"}
+
+    figure = token_figure(token_record(True), CPPO)
+    assert bars(figure) == {
+        "kept, toward μ": ([1], [0.05]),
+        "kept, within the limits": ([4], [0.0]),
+        "masked by the threshold": ([2], [pytest.approx(0.27)]),
+        "masked by the budget": ([3], [pytest.approx(0.01049376)]),
     }
-    assert (plot.threshold, plot.delta) == ([0.1, 0.07, -0.18, -0.17], 0.1)
-    assert plot.y_range == (-0.1, pytest.approx(0.297))
-    dppo = token_plot(token_record(False), DPPO, "")
-    assert (dppo.threshold, dppo.delta, dppo.value_label) == (None, 0.1, "D_t")
-    assert dppo.bars["threshold"] == ([2], [0.3])
+    delta, threshold = figure.data[:2]
+    assert (list(delta.y), list(threshold.y)) == ([0.1, 0.1], [0.1, 0.07, -0.18, -0.17, -0.17])
+    assert list(threshold.x) == [0.5, 1.5, 2.5, 3.5, 4.5]
+    assert figure.layout.yaxis.range == (-0.1, pytest.approx(0.297))
+    dppo = token_figure(token_record(False), DPPO)
+    assert (dppo.data[0].name, list(dppo.data[0].y), dppo.layout.yaxis.title.text) == ("threshold δ", [0.1] * 2, "D_t")
+    assert bars(dppo)["masked by the threshold"] == ([2], [0.3])
     for rule in ({"trust_region": "grpo", "cppo_delta": None}, {**CPPO, "cppo_delta": float("inf")}):
-        plot = token_plot(token_record(False), rule, "")
-        assert (plot.delta, plot.y_range) == (None, None)
-    assert "mean" in token_plot(token_record(False), {"trust_region": "trm_avg", "cppo_delta": 0.1}, "").delta_label
+        assert token_figure(token_record(False), rule).layout.yaxis.range is None
+    assert "mean" in token_figure(token_record(False), {"trust_region": "trm_avg", "cppo_delta": 0.1}).data[0].name
 
 
 def test_the_shown_updates_are_spread_over_the_run():
-    assert logged_steps([{"step": s} for s in range(10, 101, 10)]) == [10, 30, 50, 80, 100]
-    assert logged_steps([{"step": 3}, {"step": 3}]) == [3]
+    assert shown_steps([{"step": s} for s in range(10, 101, 10)]) == [10, 30, 50, 80, 100]
+    assert shown_steps([{"step": 3}, {"step": 3}]) == [3]
+    assert shown_steps([]) == []
 
 
-def test_the_page_needs_no_network_and_has_its_pictures_beside_it(page):
+def test_the_page_is_self_contained(page):
     text = page.read_text()
     for remote in ('src="http', "src='http", 'href="http', "@import", "url(http"):
-        assert remote not in text.replace(text[text.index("<script>") : text.rindex("<script>")], "")
-    assert text.count("</script>") == text.count("<script") - text.count('"<script')  # a token's own was escaped
-    pictures = {path.name for path in page.parent.glob("*.png")}
-    runs = [f"report-{run}{end}.png" for run in ("cppo-0", "cppo-1", "dppo") for end in ("", "-tokens")]
-    assert pictures == {"report-curves.png", *runs}
-    for name in pictures:
-        with Image.open(page.parent / name) as image:
-            assert image.width >= 600
-    assert "<b>0.375</b>" in text
-    assert "lower bound" in text
+        assert remote not in text
+    assert page.stat().st_size < 2.2e6
+    assert text.count("</script>") == text.count("<script")  # a token's own was escaped
+    assert [path.name for path in page.parent.glob("report*")] == ["report.html"]
+
+
+def test_the_theorem_in_words_and_numbers(page):
+    text = " ".join(re.sub("<[^>]+>", "", page.read_text()).split())
+    assert "δ = 0.1, wmin = 0.8; δb, T and ξ are the largest budget in force" in text
+    assert (
+        "it is at most 3. J itself has a range of 2ξ, at most 2: the bound is vacuous in 2 of 4 logged" in text
+    )  # 1.5, 2, 2.5, 3 against the range 2
+    assert "is at most 0.4: the bound is tighter" in text
+    assert "held at 75.00 % of the positions, and at all positions of 50.00 % of the responses" in text
+    assert text.count("Theorem 1 as a gauge") == 2  # not for DPPO
 
 
 def test_what_cannot_be_shown_is_named(tmp_path):
@@ -115,17 +143,37 @@ def test_what_cannot_be_shown_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for runs, message in (
         (["empty"], "holds neither trainer_state.json nor trust_region.jsonl"),
-        (["a", "a"], "named twice"),
+        (["a", "a"], "given twice"),
     ):
         with pytest.raises(SystemExit, match=message):
             main([str(tmp_path / run) for run in runs])
-    make_run(tmp_path / "x" / "a")
-    assert [run.name for run in read_runs([tmp_path / "a", tmp_path / "x" / "a"])] == [f"{tmp_path.name}/a", "x/a"]
+    paths = [make_run(tmp_path / "x" / "a"), tmp_path / "a", make_run(tmp_path / "b")]
+    assert [run.name for run in read_runs(paths)] == [str(paths[0]), str(paths[1]), "b"]
 
 
 def test_a_run_that_logged_little_still_gets_its_page(tmp_path, capsys):
     make_run(tmp_path / "a", 0, DPPO)
     for name in ("trainer_state.json", "run.json", "trust_region_tokens.jsonl"):
         (tmp_path / "a" / name).unlink()
+    about = {"command": "python train.py --beta '<0>'", "versions": {"trl": "1.16.0", "torch": "2.10"}}
+    (tmp_path / "a" / "run.json").write_text(json.dumps(about))
     main([str(tmp_path / "a")])
-    assert capsys.readouterr().out.split() == [str(tmp_path / "a" / name) for name in ("report.html", "report-a.png")]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "a" / "report.html")]
+    text = (tmp_path / "a" / "report.html").read_text()
+    assert "python train.py --beta &#39;&lt;0&gt;&#39;</code><br>trl 1.16.0, torch 2.10</p>" in text
+    assert re.findall("<h2>(.*?)</h2>", text) == ["By position"]  # no empty section, no selector for a single run
+
+
+def test_the_curves_of_the_model_card_hold_what_was_logged(tmp_path):
+    rows = [{"step": s, "reward": s / 10, "completions/mean_length": 5.0, "entropy": None} for s in (2, 4)]
+    drawn = [rows, [*rows, {"step": 6, "reward": 0.9, "completions/mean_length": 5.0}], [*rows, {"eval_reward": 1.0}]]
+    pixels = []
+    for i, history in enumerate(drawn):
+        plot_curves(history, tmp_path / f"{i}.png", title="t", evaluation={"held out": 0.5})
+        with Image.open(tmp_path / f"{i}.png") as image:
+            pixels.append(np.asarray(image.convert("RGB")))
+    assert pixels[0].shape == (780, 1200, 3)
+    left, right = slice(0, 600), slice(600, 1200)
+    assert (pixels[0][:390, left] != pixels[1][:390, left]).any()  # the reward panel
+    assert (pixels[0][390:, right] != pixels[1][390:, right]).any()  # the length panel
+    assert (pixels[0] == pixels[2]).all()  # rows of evaluations are not training

@@ -1,7 +1,7 @@
-"""A study: methods x seeds x settings on the built-in task, every run from the same warm start and the same prompts.
+"""A study: methods x seeds x settings on the built-in task. All runs share a warm start and a set of prompts.
 
-A YAML file names the task, the fields that all runs share, the settings and the methods. Each finished run is one
-JSON line; runs that are in the file already are not made again.
+A YAML file holds the task, the fields common to all runs, the settings and the methods. Each finished run is a record,
+one line of a JSON lines file; a run that has its record is not repeated.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ SERIES = {
     "weight": "cppo/weight",
     "divergence": "cppo/divergence/mean",
 }
-"""What a run's line holds for every rollout, and the log's name for it: means over the updates of the rollout."""
+"""A record's per-rollout series, and the logged scalar each is taken from: means over the rollout's updates."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The built-in task of a study: sums of ``terms`` digits, and the warm start that all runs begin from."""
+    """The built-in task: sums of ``terms`` digits, and the warm start of all runs."""
 
     terms: int = 6
     error_rate: float = 0.25
@@ -57,8 +57,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training run; a value of ``fields`` is one of `CPPOConfig`'s."""
+class StudyRun:
+    """One training run. ``fields`` holds fields of `CPPOConfig`."""
 
     setting: str
     method: str
@@ -67,20 +67,20 @@ class Run:
     responses_per_rollout: int
     updates_per_rollout: int
     stale_rollouts: int = 0
-    """The rollout policy is that of so many rollouts ago."""
+    """Age of the rollout policy, in rollouts."""
     evaluate_every: int = 15
     """Rollouts between two evaluations on the held-out problems."""
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """What tells the runs of a study apart."""
+        """Identifies a run within its study."""
         return self.setting, self.method, self.seed
 
     def config(self, output_dir: str) -> CPPOConfig:
-        """The configuration of the run; refuses what `CPPOConfig` refuses."""
+        """The run's configuration, validated by `CPPOConfig`."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # one update per rollout is meant here
+            warnings.simplefilter("ignore", UserWarning)  # one update per rollout is intended here
             return CPPOConfig(
                 output_dir,
                 use_cpu=True,
@@ -100,18 +100,18 @@ class Run:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its YAML file gives it."""
+    """A study, as read from its YAML file."""
 
     name: str
     task: Task
-    runs: tuple[Run, ...]
+    runs: tuple[StudyRun, ...]
 
     @classmethod
     def load(cls, path: Path) -> "Study":
-        """Read a study; every run's configuration is checked.
+        """Read a study and validate the configuration of every run.
 
         Raises:
-            ValueError: for an unknown key, a run that is named twice, or a value that `CPPOConfig` refuses.
+            ValueError: for an unknown key, an unknown method, or a value that `CPPOConfig` rejects.
         """
         content = yaml.safe_load(path.read_text())
         unknown = set(content) - {"task", "common", "settings", "methods", "seeds"}
@@ -127,23 +127,25 @@ class Study:
         return cls(path.stem, Task(**content.get("task", {})), runs)
 
 
-def _expand(path: Path, content: Mapping[str, Any]) -> Iterator[Run]:
-    of_the_run = {name for name in Run.__dataclass_fields__ if name not in ("setting", "method", "seed", "fields")}
+def _expand(path: Path, content: Mapping[str, Any]) -> Iterator[StudyRun]:
+    of_the_run = {
+        name for name in StudyRun.__dataclass_fields__ if name not in ("setting", "method", "seed", "fields")
+    }
     for setting, changes in content["settings"].items():
         changes = dict(changes or {})  # noqa: PLW2901
         methods, seeds = changes.pop("methods", list(content["methods"])), changes.pop("seeds", content["seeds"])
         missing = [method for method in methods if method not in content["methods"]]
         if missing:
-            raise ValueError(f"{path}: setting {setting!r} names {missing}, which methods lacks.")
-        for seed in seeds:  # outermost, so that a study that was interrupted has compared all methods on some seeds
+            raise ValueError(f"{path}: setting {setting!r} names {missing}, which `methods` does not define.")
+        for seed in seeds:  # outermost: an interrupted study has all methods on some seeds
             for method in methods:
                 merged = {**content["common"], **changes, **(content["methods"][method] or {})}
                 schedule = {name: merged.pop(name) for name in of_the_run if name in merged}
-                yield Run(str(setting), method, seed, **schedule, fields=merged)
+                yield StudyRun(str(setting), method, seed, **schedule, fields=merged)
 
 
 def prepare(task: Task, directory: Path) -> Path:
-    """Make, or find from an earlier call, the warm start of a task below ``directory``; return its path."""
+    """Path of the task's warm start below ``directory``; trained on the first call."""
     name = "-".join(str(value) for value in asdict(task).values())
     model = directory / f"warm-start-{name}"
     if not (model / "config.json").exists():
@@ -161,7 +163,7 @@ def prepare(task: Task, directory: Path) -> Path:
 
 
 def digest(warm_start: Path) -> str:
-    """What tells one warm start from another: the first half of the SHA-256 of its weights."""
+    """Identifies a warm start: the first half of the SHA-256 of its weights."""
     return hashlib.sha256((warm_start / "model.safetensors").read_bytes()).hexdigest()[:32]
 
 
@@ -170,9 +172,9 @@ def _problems(task: Task) -> tuple[Any, Any]:
 
 
 class _Evaluation(TrainerCallback):
-    """Held-out accuracy before the first update and every so many rollouts; counts rollouts for the progress bar."""
+    """Measures held-out accuracy before the first update and every ``evaluate_every`` rollouts."""
 
-    def __init__(self, run: Run, measure: Callable[[Any], Any], on_rollout: Callable[[], None]) -> None:
+    def __init__(self, run: StudyRun, measure: Callable[[Any], Any], on_rollout: Callable[[], None]) -> None:
         self.run, self.measure, self.on_rollout = run, measure, on_rollout
         self.points: list[list[float]] = []
 
@@ -201,10 +203,10 @@ class LaggedRollouts:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], trainer: Any) -> dict[str, Any]:
-        """Answer plain-text prompts; the log-probs are those of the lagged policy, at the run's temperature."""
+        """Complete plain-text prompts; log-probs are the lagged policy's, at the run's temperature."""
         self.snapshots.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
         if self.model is None:
-            self.model = type(trainer.model)(trainer.model.config).eval()  # a copy would call the patched forward
+            self.model = type(trainer.model)(trainer.model.config).eval()  # a deepcopy would call the patched forward
         self.model.load_state_dict(self.snapshots[0])
         args, pad, eos = trainer.args, trainer.processing_class.pad_token_id, trainer.processing_class.eos_token_id
         inputs = trainer.processing_class(prompts, return_tensors="pt", padding=True, padding_side="left")
@@ -232,15 +234,17 @@ class LaggedRollouts:
         }
 
 
-def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Make one run.
+def train(
+    run: StudyRun, task: Task, warm_start: Path, on_rollout: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Train one run and return its record.
 
     Returns:
-        Its line: the run, a value for each rollout of the names in `SERIES`, ``evaluations`` (rollout, avg@16, its
-        standard error, greedy accuracy), ``profile`` (as `metrics.position_profile`, summed over the run),
-        ``seconds`` and versions.
+        The fields of the run, the task, the series of `SERIES` (one value per rollout), ``evaluations`` (rollout,
+        avg@16, its standard error, greedy accuracy), ``profile`` (`metrics.position_profile` summed over the run),
+        ``seconds`` and ``versions``.
     """
-    train, test = _problems(task)
+    problems, test = _problems(task)
     tokenizer = AutoTokenizer.from_pretrained(warm_start)
     with TemporaryDirectory() as directory:
         config = run.config(directory)
@@ -251,7 +255,7 @@ def carry_out(run: Run, task: Task, warm_start: Path, on_rollout: Callable[[], N
             str(warm_start),
             accuracy_reward,
             config,
-            train_dataset=train,
+            train_dataset=problems,
             rollout_func=LaggedRollouts(run.stale_rollouts) if run.stale_rollouts else None,
             callbacks=[evaluation],
         )
@@ -282,29 +286,29 @@ def _short(value: float) -> float | None:
 
 
 def finished(path: Path, study: Study, warm_start: str | None = None) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """The runs of a study that are in its file of JSON lines; a line that an interruption cut short is left out.
+    """Records of a study's finished runs, by `StudyRun.key`. An incomplete last line is ignored.
 
     Args:
-        path: the file.
+        path: the JSON lines file.
         study: the study.
-        warm_start: `digest` of the warm start that the other runs are to begin from, or None for no check.
+        warm_start: `digest` of the warm start that the remaining runs use, or None to skip that check.
 
     Raises:
-        ValueError: if a run was made with other fields, on another task, or from another warm start.
+        ValueError: if a record has other fields, another task, or another warm start.
     """
-    lines = {(line["setting"], line["method"], line["seed"]): line for line in whole_lines(path)}
+    records = {(row["setting"], row["method"], row["seed"]): row for row in whole_lines(path)}
+    records = {run.key: records[run.key] for run in study.runs if run.key in records}
     for run in study.runs:
-        line = lines.get(run.key)
+        if run.key not in records:
+            continue
+        record = records[run.key]
         expected = json.loads(json.dumps({**asdict(run), "task": asdict(study.task)}))
-        changed = [name for name, value in expected.items() if line is not None and line[name] != value]
+        changed = [name for name, value in expected.items() if record[name] != value]
+        if warm_start not in (None, record["warm_start"]):
+            changed.append("warm_start")
         if changed:
             raise ValueError(
-                f"{path} holds {run.key} with another value of {changed}. Remove its line to make it anew, or give "
-                "another --output."
+                f"{path} holds {run.key} with a different {', '.join(changed)}. Remove its line to repeat the run, or "
+                "pass another --output."
             )
-        if line is not None and warm_start not in (None, line["warm_start"]):
-            raise ValueError(
-                f"{path} holds {run.key} from another warm start: give that one as --warm_start, or make all runs "
-                "anew in another --output."
-            )
-    return {run.key: lines[run.key] for run in study.runs if run.key in lines}
+    return records
