@@ -1,28 +1,30 @@
 """`CPPOConfig`: the fields of the rule, what they refuse, and the schedule in words."""
 
+import json
 import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 from trl import GRPOConfig
 
-from cppo_trl.rules import ESTIMATORS, RULES, Rule
-
-TRUST_REGIONS = tuple(RULES)
+from cppo_trl.divergence import ESTIMATORS
+from cppo_trl.rules import RULES, Rule, find_rule
+from cppo_trl.trust_region import Bound
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "delta": (lambda x: x > 0, "> 0 (.inf switches the rule off)"),
-    "delta_b": (lambda x: x > 0, "> 0 (.inf switches the budget off)"),
-    "w_min": (lambda x: 0 < x <= 1, "in (0, 1] (1.0 switches it off)"),
-    "delta_b_quantile": (lambda x: x is None or 0 <= x <= 1, "in [0, 1], or null for a fixed budget"),
-    "delta_b_max_multiple": (lambda x: 1 <= x < math.inf, "finite and >= 1"),
-    "ratio_min": (lambda x: 0 <= x <= 1, "in [0, 1]: it is 1 - epsilon_low"),
-    "ratio_max": (lambda x: x >= 1, ">= 1: it is 1 + epsilon_high"),
-    "ratio_cap": (lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
+    "cppo_delta": (lambda x: x is not None and x > 0, "> 0 (.inf switches the rule off)"),
+    "cppo_delta_b": (lambda x: x is not None and x > 0, "> 0 (.inf switches the budget off)"),
+    "cppo_w_min": (lambda x: 0 < x <= 1, "in (0, 1] (1.0 switches it off)"),
+    "cppo_delta_b_quantile": (lambda x: x is None or 0 <= x <= 1, "in [0, 1], or null for a fixed budget"),
+    "cppo_delta_b_max_multiple": (lambda x: 1 <= x < math.inf, "finite and >= 1"),
+    "cppo_ratio_min": (lambda x: x is not None and 0 <= x <= 1, "in [0, 1]: it is 1 - epsilon_low"),
+    "cppo_ratio_max": (lambda x: x is not None and x >= 1, ">= 1: it is 1 + epsilon_high"),
+    "cppo_ratio_cap": (lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
 }
-"""What a rule's parameter must hold, and the same in words."""
+"""What a field of the rule must hold, and the same in words."""
 
 _SAMPLING_KEYS = frozenset(
     (
@@ -78,7 +80,9 @@ class CPPOConfig(GRPOConfig):
         trust_region: ``"cppo"``; ``"cppo_soft"``, its soft gate (appendix C); ``"dppo"``, one threshold for all
             positions and no budget; ``"trm_max"`` and ``"trm_avg"``, whole responses rejected by the maximum or the
             mean of D_t; ``"minpro"``, ``"cispo"`` and ``"grpo"`` (Clip-Higher), bounds on the sampled ratio; or
-            ``"none"``. A field below that the rule does not read must stay at its default.
+            ``"none"``; or the dotted path of a rule of your own, as `cppo_trl.rules.Rule` describes it. A field below
+            that the rule does not read must stay at its default.
+        trust_region_parameters: parameters of a rule of your own, by name.
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
             runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for
             ``"binary_tv"``, and for ``"topk_kl"`` under TRM, which is stated in the exact KL.
@@ -94,7 +98,7 @@ class CPPOConfig(GRPOConfig):
         cppo_delta_b_max_multiple: ceiling of Eq. (22) in multiples of the floor, >= 1.
         cppo_shuffle_weights: give each response its position weights in a random order, drawn from ``seed`` with
             each rollout (an ablation).
-        cppo_ratio_min: lower bound 1 - ε_low on the ratio, in [0, 1], of minpro (0.8), cispo (0, no bound) and grpo
+        cppo_ratio_min: lower bound 1 - ε_low on the ratio, in [0, 1], of minpro and cispo (0, no bound) and grpo
             (0.8); None for these values.
         cppo_ratio_max: upper bound 1 + ε_high on the ratio, >= 1, of minpro (1.28), cispo (1.2) and grpo (1.28);
             None for these values.
@@ -110,13 +114,15 @@ class CPPOConfig(GRPOConfig):
 
     trust_region: str = field(
         default="cppo",
-        metadata={"help": f"Trust region: one of {', '.join(TRUST_REGIONS)}.", "choices": list(TRUST_REGIONS)},
+        metadata={"help": f"Trust region: one of {', '.join(RULES)}, or the dotted path of a rule of your own."},
+    )
+    trust_region_parameters: dict | str | None = field(
+        default=None, metadata={"help": "Parameters of a rule of your own, by name."}
     )
     cppo_divergence: str | None = field(
         default=None,
         metadata={
-            "help": "Estimator of D_t: binary or Top-K, TV or KL; null: binary_tv, and topk_kl under TRM.",
-            "choices": list(ESTIMATORS),
+            "help": f"Estimator of D_t: one of {', '.join(ESTIMATORS)}; null: binary_tv, and topk_kl under TRM.",
         },
     )
     cppo_topk: int = field(default=20, metadata={"help": "K of the Top-K estimators."})
@@ -138,7 +144,7 @@ class CPPOConfig(GRPOConfig):
         default=False, metadata={"help": "Position weights in a random order for each response (an ablation)."}
     )
     cppo_ratio_min: float | None = field(
-        default=None, metadata={"help": "1 - epsilon_low of minpro, cispo and grpo; null: 0.8, 0 and 0.8."}
+        default=None, metadata={"help": "1 - epsilon_low of minpro, cispo and grpo; null: 0, 0 and 0.8."}
     )
     cppo_ratio_max: float | None = field(
         default=None, metadata={"help": "1 + epsilon_high of minpro, cispo and grpo; null: 1.28, 1.2 and 1.28."}
@@ -177,6 +183,8 @@ class CPPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
+        if isinstance(self.trust_region_parameters, str):
+            self.trust_region_parameters = json.loads(self.trust_region_parameters)
         self._check_rule()
         every = self.log_tokens_steps
         _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
@@ -184,29 +192,29 @@ class CPPOConfig(GRPOConfig):
         self._check_host_options()
         self._warn_doubtful()
 
-    @property
+    @cached_property
     def rule(self) -> Rule:
-        """The row of `cppo_trl.rules.RULES` that ``trust_region`` names."""
-        return RULES[self.trust_region]
+        """What ``trust_region`` names."""
+        parameters: Any = self.trust_region_parameters
+        return find_rule(self.trust_region, parameters or {})
 
     @property
     def rule_parameters(self) -> dict[str, Any]:
-        """The fields that the rule reads, without their prefix ``cppo_``."""
+        """The rule's parameters by name: ``trust_region_parameters``, or the fields ``cppo_<name>`` that it reads."""
+        if self.trust_region not in RULES:
+            own: Any = self.trust_region_parameters
+            return own or {}
         return {name: getattr(self, f"cppo_{name}") for name in self.rule.parameters}
 
     @property
-    def theorem_unit(self) -> float | None:
-        """δ w_min, to which the budget δ_b is as Theorem 1's bound is to that of one threshold for all (Corollary 7).
+    def theorem_bound(self) -> Callable[[float, float, float], Bound | None] | None:
+        """Theorem 1 under the rule's parameters, as a function of the budget δ_b, the length T and the bound ξ.
 
-        None where the theorem does not speak of the rule: no budget, a divergence that is no total variation, or
-        shuffled weights.
+        None where the theorem does not cover the rule, or D_t is not a total variation.
         """
-        if "delta_b" not in self.rule.parameters or self.cppo_shuffle_weights:
+        if self.rule.bound is None or not str(self.cppo_divergence).endswith("tv"):
             return None
-        if not str(self.cppo_divergence).endswith("tv") or math.inf in (self.cppo_delta, self.cppo_delta_b):
-            return None
-        assert self.cppo_delta is not None  # set by __post_init__
-        return self.cppo_delta * self.cppo_w_min
+        return partial(self.rule.bound, **self.rule_parameters)
 
     @property
     def uses_topk(self) -> bool:
@@ -241,6 +249,8 @@ class CPPOConfig(GRPOConfig):
             "rollout": f"{responses // self.num_generations} prompts x {self.num_generations} responses = {responses}",
             "updates per rollout": f"{self.updates_per_rollout:g}"
             + (f" ({self.num_iterations} passes)" if self.num_iterations > 1 else ""),
+            "an update": f"{responses * self.num_iterations / self.updates_per_rollout:g} responses, shuffled over "
+            "all prompts of the rollout",
             "off-policy from": off_policy,
             "trust region": ", ".join(self._rule_in_words()),
             "loss": f"{self.loss_type}, advantages scaled by: {scale}, beta {self.beta:g}",
@@ -250,33 +260,17 @@ class CPPOConfig(GRPOConfig):
         words = [self.trust_region]
         if self.rule.estimators:
             words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk})" if self.uses_topk else ""))
-        for name, value in self.rule_parameters.items():
-            if name in ("delta", "w_min", "ratio_min", "ratio_max"):
-                words.append(f"{name} {value:g}")
-            elif name == "delta_b":
-                words.append(f"delta_b {self._budget_in_words()}")
-        if self.cppo_shuffle_weights:
-            words.append("weights shuffled")
+        words += self.rule.words(**self.rule_parameters)
         if self.cppo_ratio_cap is not None:
             words.append(f"ratio capped at {self.cppo_ratio_cap:g}")
         return words
 
-    def _budget_in_words(self) -> str:
-        floor, quantile = self.cppo_delta_b, self.cppo_delta_b_quantile
-        assert floor is not None  # set by __post_init__
-        if math.inf in (floor, self.cppo_delta):
-            return "off"
-        if quantile is None:
-            return f"{floor:g} (fixed)"
-        ceiling = floor * self.cppo_delta_b_max_multiple
-        return f"{floor:g} to {ceiling:g} (quantile {quantile:g} of each response)"
-
     def _check_rule(self) -> None:
-        _require(self.trust_region in TRUST_REGIONS, "trust_region", self.trust_region, f"one of {TRUST_REGIONS}")
         self._refuse_unread_fields()
         if self.cppo_divergence is None:
-            self.cppo_divergence = (self.rule.estimators or ESTIMATORS)[0]
-        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, f"one of {ESTIMATORS}")
+            self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
+        expected = f"one of {tuple(ESTIMATORS)}"
+        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
         if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
             _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
@@ -285,33 +279,37 @@ class CPPOConfig(GRPOConfig):
         for name, value in self.rule.defaults(self.cppo_divergence).items():
             if getattr(self, f"cppo_{name}") is None:
                 setattr(self, f"cppo_{name}", value)
-        if "delta" in self.rule.parameters:
-            source = f"{self.rule.source} gives no threshold for {self.cppo_divergence}"
-            _require(self.cppo_delta is not None, "cppo_delta", None, f"set: {source}")
-        self._check_ranges()
+        for name, (holds, expected) in RANGES.items():
+            if name in self._fields_read:
+                value = getattr(self, name)
+                source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
+                _require(value is not None or holds(None), name, None, source)
+                _require(holds(value), name, value, expected)
+
+    @property
+    def _fields_read(self) -> set[str]:
+        """Fields of the trust region that the rule reads."""
+        read = {f"cppo_{name}" for name in self.rule.parameters if self.trust_region in RULES}
+        if self.rule.estimators:
+            read |= {"cppo_divergence", "cppo_topk"}
+        return read if self.rule.bounds_ratio else read | {"cppo_ratio_cap"}
 
     def _refuse_unread_fields(self) -> None:
         """Refuse a field of the trust region that is set but not read by the rule."""
-        read = {f"cppo_{name}" for name in self.rule.parameters}
-        if self.rule.estimators:
-            read |= {"cppo_divergence", "cppo_topk"}
         for name, declared in type(self).__dataclass_fields__.items():
-            stated = (
-                name == "cppo_divergence" and self.cppo_divergence == ESTIMATORS[0]
-            )  # what the metrics show anyway
-            if name.startswith("cppo_") and name not in read and not stated:
+            # the default estimator may be stated: it is what the metrics are of
+            stated = name == "cppo_divergence" and self.cppo_divergence == next(iter(ESTIMATORS))
+            if name.startswith("cppo_") and name not in self._fields_read and not stated:
                 expected = f"left at {declared.default!r}: trust_region={self.trust_region!r} does not read it"
                 _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
-
-    def _check_ranges(self) -> None:
-        for name, (holds, expected) in RANGES.items():
-            if name in self.rule.parameters:
-                value = getattr(self, f"cppo_{name}")
-                _require(holds(value), f"cppo_{name}", value, expected)
 
     def _check_host_options(self) -> None:
         """Refuse the options of TRL's that contradict the rule."""
         losses = ("dr_grpo", "dapo", "grpo", "bnpo")
+        skips = self.skip_zero_std_prompts and self.loss_type == "bnpo"
+        _require(
+            not skips, "skip_zero_std_prompts", True, "false with 'bnpo': it averages over micro-batches, full or not"
+        )
         _require(
             self.loss_type in losses,
             "loss_type",
@@ -345,7 +343,7 @@ class CPPOConfig(GRPOConfig):
             )
 
     def _warn_doubtful(self) -> None:
-        """Warn once about settings that are legal but rarely meant."""
+        """Warn once about settings that are valid but probably unintended."""
         doubts = []
         if self.always_on_policy and not self.use_vllm:
             doubts.append(

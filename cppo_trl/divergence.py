@@ -101,3 +101,7 @@ def _buckets(logps: Tensor, rollout_logps: Tensor) -> tuple[Tensor, Tensor, Tens
     pi = logps.float().exp().masked_fill(rollout == -torch.inf, 0.0)
     mu_other, pi_other = ((1 - p.sum(-1)).clamp(min=_MIN_REST) for p in (mu, pi))
     return mu, pi, mu_other, pi_other, rollout.isnan().any(-1)
+
+
+ESTIMATORS = {"binary_tv": binary_tv, "binary_kl": binary_kl, "topk_tv": topk_tv, "topk_kl": topk_kl}
+"""Every value of ``cppo_divergence``. The Top-K estimators take ``(B, T, K')`` log-probs, the others ``(B, T)``."""

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cppo_trl.rules import Verdict
-from cppo_trl.trust_region import moves_away
+from cppo_trl.trust_region import Bound, Verdict, moves_away
 
 POSITION_BINS = 20
 """Equal parts of a response, first to last token, that `position_profile` tells apart."""
@@ -29,6 +28,8 @@ _SUMS = (
     "negative",
     "budgeted",
     "delta_b",
+    "bounded",
+    "at_bound",
     "listed",
     "topk_mass",
     "weight",
@@ -38,6 +39,7 @@ _SUMS = (
     "unmoved_divergence",
     "unmoved_log_ratio",
 )
+_MAXIMA = ("divergence", "ratio", "delta_b", "length", "advantage")
 _PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
 _PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget", "prefix_average")
 
@@ -87,14 +89,14 @@ def loss_record(
 
     Returns:
         The sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for each of
-        `POSITION_BINS`, then max D_t and max ρ_t, as one vector.
+        `POSITION_BINS`, then the maxima named in ``_MAXIMA``, as one vector.
     """
     valid = mask.bool()
     divergence = divergence.float().where(valid, 0.0)
     ratio = log_ratio.float().exp().where(valid, 0.0)
     position = valid.float().cumsum(-1)
     fate = fates(advantages, log_ratio, mask, verdict)
-    sums = _counts(valid, advantages, fate) | _sums_of_rule(valid, position, fate.active, verdict)
+    sums = _counts(valid, advantages, fate) | _rule_sums(valid, position, fate.active, verdict)
     sums |= {"divergence": divergence.sum(), "ratio": ratio.sum()}
     if topk_mass is not None:
         sums |= {"listed": sums["tokens"], "topk_mass": topk_mass.where(valid, 0.0).sum()}
@@ -105,13 +107,19 @@ def loss_record(
     budgeted = None if verdict.delta_b is None else verdict.prefix
     average = zero if budgeted is None else budgeted.average().where(valid, 0.0)
     rows = (divergence, fate.active, fate.by_threshold, fate.by_budget, average)
+    maxima = {
+        "divergence": divergence.max(),
+        "ratio": ratio.max(),
+        "delta_b": zero if verdict.delta_b is None else verdict.delta_b.max(),
+        "length": position.max(),
+        "advantage": advantages.abs().where(valid, 0.0).max(),
+    }
     return torch.cat(
         [
             torch.stack([sums.get(name, zero).float() for name in _SUMS]),
             _histogram(divergence, valid),
             _profile(position, *rows).flatten(),
-            divergence.max()[None],
-            ratio.max()[None],
+            torch.stack([maxima[name].float() for name in _MAXIMA]),
         ]
     )
 
@@ -133,12 +141,14 @@ def _counts(valid: Tensor, advantages: Tensor, fate: Fates) -> dict[str, Tensor]
     return {name: tokens.count_nonzero() for name, tokens in counted.items()}
 
 
-def _sums_of_rule(valid: Tensor, position: Tensor, active: Tensor, verdict: Verdict) -> dict[str, Tensor]:
+def _rule_sums(valid: Tensor, position: Tensor, active: Tensor, verdict: Verdict) -> dict[str, Tensor]:
     """What the rule itself did: weights, budgets, and where Theorem 1's constraints hold.
 
     They are Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
     """
     sums = {"weight": verdict.weight.where(active, 0.0).sum()}
+    if verdict.at_bound is not None:
+        sums |= {"bounded": active.count_nonzero(), "at_bound": (verdict.at_bound & active).count_nonzero()}
     if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
         return sums
     answered = valid.any(-1, keepdim=True)
@@ -180,10 +190,11 @@ def _profile(position: Tensor, *rows: Tensor) -> Tensor:
 
 
 def add_records(total: Tensor | None, record: Tensor) -> Tensor:
-    """The record of two disjoint sets of tokens: sums add, the two maxima at the end do not."""
+    """The record of two disjoint sets of tokens: sums add, the maxima at the end do not."""
     if total is None:
         return record
-    return torch.cat([total[:-2] + record[:-2], total[-2:].maximum(record[-2:])])
+    sums, maxima = slice(-len(_MAXIMA)), slice(-len(_MAXIMA), None)
+    return torch.cat([total[sums] + record[sums], total[maxima].maximum(record[maxima])])
 
 
 def total_over_processes(record: Tensor, gather: Callable[[Tensor], Tensor]) -> list[float]:
@@ -194,19 +205,24 @@ def total_over_processes(record: Tensor, gather: Callable[[Tensor], Tensor]) -> 
         gather: concatenates a tensor over processes along dimension 0, as ``Accelerator.gather``.
     """
     per_process = gather(record.unsqueeze(0))
-    return torch.cat([per_process[:, :-2].sum(0), per_process[:, -2:].amax(0)]).tolist()
+    sums, maxima = per_process.tensor_split([-len(_MAXIMA)], dim=-1)
+    return torch.cat([sums.sum(0), maxima.amax(0)]).tolist()
 
 
-def summarize(total: list[float], theorem_unit: float | None = None) -> dict[str, float]:
+def summarize(
+    total: list[float], bound: Callable[[float, float, float], Bound | None] | None = None
+) -> dict[str, float]:
     """Named scalars of a record. Shares are over tokens with non-zero advantage.
 
     A scalar with nothing to average over is left out.
 
     Args:
         total: as from `total_over_processes`.
-        theorem_unit: δ w_min, or None to leave Theorem 1 out; as `CPPOConfig.theorem_unit`.
+        bound: Theorem 1 for a budget, a length T and a largest absolute reward ξ, as `CPPOConfig.theorem_bound`; None
+            to leave the theorem out. ξ is the largest absolute advantage: the surrogate's reward is Â.
     """
     n = dict(zip(_SUMS, total, strict=False))
+    largest = dict(zip(_MAXIMA, total[-len(_MAXIMA) :], strict=True))
     masked = n["masked_positive"] + n["masked_negative"]
     active = n["positive"] + n["negative"]
     away = n["away_positive"] + n["away_negative"]
@@ -218,6 +234,7 @@ def summarize(total: list[float], theorem_unit: float | None = None) -> dict[str
         "masked_negative": (n["masked_negative"], n["negative"]),
         "weight": (n["weight"], active),
         "toward_rollout": (active - away, active),
+        "at_bound": (n["at_bound"], n["bounded"]),
         "delta_b": (n["delta_b"], n["budgeted"]),
         "topk_mass": (n["topk_mass"], n["listed"]),
         "divergence/mean": (n["divergence"], n["tokens"]),
@@ -225,16 +242,18 @@ def summarize(total: list[float], theorem_unit: float | None = None) -> dict[str
         "rollout_mismatch": (n["unmoved_divergence"], n["unmoved"]),
         "rollout_mismatch_nats": (n["unmoved_log_ratio"], n["unmoved"]),
     }
-    if theorem_unit is not None:
+    certified = bound(largest["delta_b"], largest["length"], largest["advantage"]) if bound else None
+    if certified is not None:
         fractions["theorem/prefixes"] = (n["theorem_prefixes"], n["tokens"])
         fractions["theorem/responses"] = (n["theorem_responses"], n["budgeted"])
-        fractions["theorem/bound_ratio"] = (n["delta_b"], n["budgeted"] * theorem_unit)
+        fractions["theorem/deduction"] = (certified.deduction, float(n["budgeted"] > 0))
+        fractions["theorem/bound_ratio"] = (certified.ratio, float(n["budgeted"] > 0))
     scalars = {name: part / whole for name, (part, whole) in fractions.items() if whole > 0}
     if n["nonfinite_losses"] > 0:
         scalars["nonfinite_losses"] = n["nonfinite_losses"]
     if n["tokens"] > 0:
         scalars["divergence/p90"] = _histogram_quantile(total[len(_SUMS) : _PROFILE_START], 0.9)
-        scalars["divergence/max"], scalars["ratio/max"] = total[-2:]
+        scalars |= {f"{name}/max": largest[name] for name in ("divergence", "ratio")}
     return {f"cppo/{name}": value for name, value in scalars.items()}
 
 
@@ -249,7 +268,7 @@ def position_profile(total: list[float]) -> dict[str, list[float]]:
         advantage), ``masked_by_threshold`` and ``masked_by_budget`` (of the active ones), and ``prefix_average`` (sum
         of S_t / W_t; 0 without a budget).
     """
-    rows = total[_PROFILE_START:-2]
+    rows = total[_PROFILE_START : -len(_MAXIMA)]
     return {name: rows[i * POSITION_BINS : (i + 1) * POSITION_BINS] for i, name in enumerate(_PROFILE)}
 
 

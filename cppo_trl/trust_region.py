@@ -1,7 +1,8 @@
 """The trust-region rules: how much each token of a rollout may still move the policy.
 
 Every method is a detached weight on the same surrogate -ρ_t Â_t: a hard mask is 0 or 1, the soft gate lies between,
-a method that clips the ratio instead of masking weighs by clip(ρ_t) / ρ_t.
+and a method that clips the ratio instead of masking weighs by clip(ρ_t) / ρ_t. A rule is a function
+``(divergence, advantages, log_ratio, mask, **parameters)`` that returns this weight, a mask, or a `Verdict`.
 
 Pure functions on tensors of shape ``(B, T)``: B responses, T token positions, right- or left-padded, with holes
 where the environment wrote a token. ``mask`` is 1 (or True) on the response's own tokens; everything outside it
@@ -141,6 +142,21 @@ class Prefix(NamedTuple):
         return self.spent() / weight_sum.where(weight_sum > 0, 1.0)
 
 
+class Verdict(NamedTuple):
+    """What a rule decides over a batch, and why."""
+
+    weight: Tensor
+    """``(B, T)`` fp32 or bool, the detached weight of each token's -ρ_t Â_t; 0 outside the mask"""
+    within_threshold: Tensor | None = None
+    """``(B, T)`` bool, w_t D_t <= δ: where a token of weight 0 is masked by the budget; None for a rule without one"""
+    delta_b: Tensor | None = None
+    """``(B, 1)`` fp32, the prefix budget in force; None where there is none"""
+    prefix: Prefix | None = None
+    """Position weights and prefix sums, of a rule that has them"""
+    at_bound: Tensor | None = None
+    """``(B, T)`` bool, tokens whose ratio is at a bound or beyond it, of a rule that bounds the ratio"""
+
+
 @torch.no_grad()
 def prefix_sums(
     divergence: Tensor,
@@ -171,7 +187,6 @@ def cppo_mask(
     w_min: float,
     delta_b: float | Tensor,
     order: Tensor | None = None,
-    prefix: Prefix | None = None,
 ) -> Tensor:
     """The CPPO mask, Eq. (8) to (10): M_t = 1[Â_t (ρ_t - 1) <= 0 or I_t].
 
@@ -188,18 +203,16 @@ def cppo_mask(
         w_min: weight of the last token, in (0, 1]; 1 switches the position weight off.
         delta_b: budget δ_b, a float or ``(B, 1)`` as from `prefix_budget`; inf switches the budget off.
         order: as in `position_weights`.
-        prefix: as from `prefix_sums` with these limits, where it is at hand.
 
     Returns:
         ``(B, T)`` bool, True = kept; False outside the mask.
     """
-    mask = mask.bool()
-    prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    return mask & ((prefix.weighted <= prefix.threshold) | ~moves_away(advantages, log_ratio))
+    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
+    return _kept(prefix.weighted <= prefix.threshold, advantages, log_ratio, mask)
 
 
 @torch.no_grad()
-def cppo_soft_weight(
+def cppo(
     divergence: Tensor,
     advantages: Tensor,
     log_ratio: Tensor,
@@ -207,28 +220,90 @@ def cppo_soft_weight(
     *,
     delta: float,
     w_min: float,
-    delta_b: float | Tensor,
-    order: Tensor | None = None,
-    prefix: Prefix | None = None,
-) -> Tensor:
+    delta_b: float,
+    delta_b_quantile: float | None,
+    delta_b_max_multiple: float,
+    shuffle_weights: bool = False,
+    response_ids: Tensor | None = None,
+) -> Verdict:
+    """CPPO: `cppo_mask` with the budget of each response, `prefix_budget`.
+
+    Args:
+        divergence: as in `cppo_mask`, like the other tensors.
+        advantages: as in `cppo_mask`.
+        log_ratio: as in `cppo_mask`.
+        mask: as in `cppo_mask`.
+        delta: as in `cppo_mask`.
+        w_min: as in `cppo_mask`.
+        delta_b: as in `prefix_budget`.
+        delta_b_quantile: its ``quantile``.
+        delta_b_max_multiple: its ``max_multiple``.
+        shuffle_weights: deal the position weights out in a random order (the ablation of section 4.3).
+        response_ids: ``(B,)`` as in `random_order`, read only with ``shuffle_weights``.
+    """
+    budget = prefix_budget(divergence, mask, delta_b, delta_b_quantile, delta_b_max_multiple)
+    order = random_order(response_ids, mask) if shuffle_weights and response_ids is not None else None
+    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=budget, order=order)
+    keep = _kept(prefix.weighted <= prefix.threshold, advantages, log_ratio, mask)
+    has_budget = max(delta, delta_b) < math.inf  # delta is the slack of the budget
+    return Verdict(keep, prefix.weighted <= delta, budget if has_budget else None, prefix)
+
+
+@torch.no_grad()
+def cppo_soft(
+    divergence: Tensor,
+    advantages: Tensor,
+    log_ratio: Tensor,
+    mask: Tensor,
+    *,
+    delta: float,
+    w_min: float,
+    delta_b: float,
+    delta_b_quantile: float | None,
+    delta_b_max_multiple: float,
+    shuffle_weights: bool = False,
+    response_ids: Tensor | None = None,
+) -> Verdict:
     """The soft gate, Eq. (19) and (20): 1 toward the rollout policy, else min(1, 1/x_t).
 
-    x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 where `cppo_mask` keeps the token, up to
-    rounding.
-    Arguments as in `cppo_mask`; returns ``(B, T)`` fp32 in [0, 1], 0 outside the mask.
+    x_t = max(w_t D_t / δ, S_t / (δ + δ_b W_{t-1})), which is at most 1 where `cppo` keeps the token, up to rounding.
+    Arguments as in `cppo`; the weight is fp32, in [0, 1].
     """
-    prefix = prefix or prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=delta_b, order=order)
-    prefix_weight = prefix.weight_sum() - prefix.weights  # W_{t-1}
-    limit = delta + _finite(delta_b) * prefix_weight
+    budget = prefix_budget(divergence, mask, delta_b, delta_b_quantile, delta_b_max_multiple)
+    order = random_order(response_ids, mask) if shuffle_weights and response_ids is not None else None
+    prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=budget, order=order)
+    limit = delta + _finite(budget) * (prefix.weight_sum() - prefix.weights)  # δ + δ_b W_{t-1}
     excess = torch.maximum(prefix.weighted / delta, prefix.spent() / limit)  # x_t
-    gate = excess.clamp(min=1.0).reciprocal()
-    return gate.masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
+    gate = excess.clamp(min=1.0).reciprocal().masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
+    has_budget = max(delta, delta_b) < math.inf
+    return Verdict(gate, prefix.weighted <= delta, budget if has_budget else None, prefix)
+
+
+@torch.no_grad()
+def random_order(response_ids: Tensor, mask: Tensor) -> Tensor:
+    """Pseudo-random keys that depend on a response's id and a token's position alone, for `position_weights`.
+
+    A hash (the finalizer of SplitMix64) rather than a random generator, so that a response keeps its order over all
+    updates of its rollout, in whatever micro-batch it stands.
+
+    Args:
+        response_ids: ``(B,)`` int64, another number for each response.
+        mask: ``(B, T)``; its shape alone is read.
+
+    Returns:
+        ``(B, T)`` fp64.
+    """
+    position = torch.arange(1, mask.size(-1) + 1, device=mask.device)
+    key = response_ids.unsqueeze(-1) + position * -0x61C8864680B583EB
+    key = (key ^ (key >> 30)) * -0x40A7B892E31B1A47
+    key = (key ^ (key >> 27)) * -0x6B2FB644ECCEEE15
+    return (key ^ (key >> 31)).double()
 
 
 @torch.no_grad()
 def dppo_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
     """The DPPO mask, Eq. (3): M_t = 1[Â_t (ρ_t - 1) <= 0 or D_t <= δ]. Arguments and result as in `cppo_mask`."""
-    return mask.bool() & ((divergence.float() <= delta) | ~moves_away(advantages, log_ratio))
+    return _kept(divergence.float() <= delta, advantages, log_ratio, mask)
 
 
 @torch.no_grad()
@@ -266,7 +341,7 @@ def trm_avg_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask
 @torch.no_grad()
 def grpo_mask(
     divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
-) -> Tensor:
+) -> Verdict:
     """The mask of PPO's and GRPO's clip, Eq. (2): 0 where min(ρ_t Â_t, clip(ρ_t) Â_t) has no gradient.
 
     That is where Â_t > 0 and ρ_t > 1 + ε_high, or Â_t < 0 and ρ_t < 1 - ε_low.
@@ -280,42 +355,81 @@ def grpo_mask(
         ratio_max: 1 + ε_high, >= 1.
 
     Returns:
-        ``(B, T)`` bool, True = kept; False outside the mask.
+        The mask, and where the ratio is outside the bounds.
     """
     outside = (log_ratio.float() > _log(ratio_max)) | (log_ratio.float() < _log(ratio_min))
-    return mask.bool() & ~(outside & moves_away(advantages, log_ratio))
+    return Verdict(_kept(~outside, advantages, log_ratio, mask), at_bound=outside)
 
 
 @torch.no_grad()
 def cispo_weight(
     divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
-) -> Tensor:
+) -> Verdict:
     """CISPO (arXiv 2506.13585): sg[clip(ρ_t)] Â_t log π, as the weight clip(ρ_t) / ρ_t on ρ_t Â_t.
 
-    Arguments as in `grpo_mask`; returns ``(B, T)`` fp32 > 0, 0 outside the mask.
+    Arguments as in `grpo_mask`; the weight is positive on the response's tokens.
     """
     log_ratio = log_ratio.float().masked_fill(~mask.bool(), 0.0)
-    return (log_ratio.clamp(_log(ratio_min), _log(ratio_max)) - log_ratio).exp() * mask.bool()
+    return _bounded(log_ratio, log_ratio, mask, ratio_min, ratio_max)
 
 
 @torch.no_grad()
 def minpro_weight(
     divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, ratio_min: float, ratio_max: float
-) -> Tensor:
+) -> Verdict:
     """MinPRO (arXiv 2601.22718): sg[clip(m_t ρ_t)] Â_t log π, as the weight clip(m_t ρ_t) / ρ_t on ρ_t Â_t.
 
     m_t = min(1, ρ_1, ..., ρ_{t-1}) is the running minimum of the ratios before t; it starts at 1. Arguments and result
-    as in `cispo_weight`.
+    as in `cispo_weight`. m_t falls with the length of the response, so that any lower bound is soon reached by every
+    token and the weight a constant: ``Verdict.at_bound`` shows it.
     """
     log_ratio = log_ratio.float().masked_fill(~mask.bool(), 0.0)  # a hole lowers no minimum: m_t <= 1 anyway
     running = torch.cat([torch.zeros_like(log_ratio[..., :1]), log_ratio[..., :-1]], -1).cummin(-1).values
-    return ((running + log_ratio).clamp(_log(ratio_min), _log(ratio_max)) - log_ratio).exp() * mask.bool()
+    return _bounded(running + log_ratio, log_ratio, mask, ratio_min, ratio_max)
 
 
 @torch.no_grad()
 def no_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """No trust region: every token of the response is kept. Arguments and result as in `cppo_mask`."""
     return mask.bool()
+
+
+class Bound(NamedTuple):
+    """What Theorem 1 certifies: J(π) - J(μ) >= L'_μ(π) - ``deduction``."""
+
+    deduction: float
+    """in units of the reward"""
+    ratio: float
+    """of its budget's term to the deduction of one threshold for all positions"""
+
+
+def improvement_bound(delta_b: float, length: float, xi: float, *, delta: float, w_min: float) -> Bound:
+    """The deduction of Theorem 1, Eq. (7), with the initial slack of Proposition 8.
+
+    The deduction is 2ξ T (T-1) δ δ_b / w_min + 4ξ (T-1) δ² / w_min, and the ratio δ_b / (δ w_min) that of its first
+    term to the deduction 2ξ T (T-1) δ² of one threshold for all positions (Corollary 7). As J(π) - J(μ) >= -2ξ in any
+    case, a deduction above 2ξ certifies nothing.
+
+    Args:
+        delta_b: the largest budget in force.
+        length: T, tokens of the longest response.
+        xi: ξ, the largest absolute reward.
+        delta: threshold δ.
+        w_min: weight of the last token.
+    """
+    deduction = 2 * xi * (length - 1) * delta / w_min * (length * delta_b + 2 * delta)
+    return Bound(deduction, delta_b / (delta * w_min))
+
+
+def _kept(within: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
+    """The response's tokens that are within the limits, or whose step leads toward the rollout policy."""
+    return mask.bool() & (within | ~moves_away(advantages, log_ratio))
+
+
+def _bounded(log_value: Tensor, log_ratio: Tensor, mask: Tensor, low: float, high: float) -> Verdict:
+    """The weight clip(value, low, high) / ρ_t, and where the value is at a bound."""
+    clipped = log_value.clamp(_log(low), _log(high))
+    return Verdict((clipped - log_ratio).exp() * mask.bool(), at_bound=clipped != log_value)
 
 
 def _finite(budget: float | Tensor) -> float | Tensor:

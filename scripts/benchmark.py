@@ -35,12 +35,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-import cppo_trl.trainer as seam
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from cppo_trl.divergence import binary_tv, topk_tv
 from cppo_trl.metrics import loss_record
 from cppo_trl.rules import RULES
+from cppo_trl.seam import state
 from cppo_trl.seam.topk import HeadTap
 from cppo_trl.trust_region import cppo_mask, masked_quantile, prefix_budget
 
@@ -181,7 +181,7 @@ class Bench:
         batch = self.batch | (listed if divergence.startswith("topk") else {})
 
         def work() -> None:
-            self.config.cppo_divergence, seam.HeadTap = divergence, tap  # type: ignore[misc]
+            self.config.cppo_divergence, state.HeadTap = divergence, tap  # type: ignore[misc]
             self._step(self.ours, batch)
 
         return work
@@ -197,9 +197,11 @@ class Bench:
         length = self.batch["completion_ids"].size(1)
 
         def work() -> None:
-            self.config.cppo_divergence, self.ours._rollout_pass_due = divergence, True
+            self.config.cppo_divergence = divergence
+            self.ours._rollout = state.Rollout(self.config, step=0, process=0)
             with torch.no_grad():
                 self.ours._get_per_token_logps_and_entropies(self.ours.model, inputs, torch.ones_like(inputs), length)
+            self.ours._rollout = None
 
         return work
 

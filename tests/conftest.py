@@ -11,6 +11,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
+from cppo_trl.rules import RULES
 
 PROMPTS, COMPLETION, VOCABULARY = 8, 12, 23
 SMALL_RUN = {  # fields of every trainer made on the spot
@@ -127,3 +128,85 @@ def full_log_softmax(model, batch, temperature=1.0, bf16=False, fp32_head=False)
 def full_logps(model, batch, temperature=1.0):
     """log π of the completion tokens."""
     return full_log_softmax(model, batch, temperature).gather(-1, batch["completion_ids"][..., None])[..., 0]
+
+
+def gradients(trainer, batch):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    loss = trainer._compute_loss(trainer.model.train(), batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def random_rows(rows, width, seed):
+    """Responses with holes, empty rows and single tokens; divergences from tiny to far above every limit."""
+    g = torch.Generator().manual_seed(seed)
+    mask = torch.rand(rows, width, generator=g) < torch.rand(rows, 1, generator=g) * 1.2
+    mask &= torch.arange(width) < torch.randint(0, width + 1, (rows, 1), generator=g)
+    scale = 10 ** (torch.rand(rows, 1, generator=g) * 3 - 3)
+    divergence = torch.rand(rows, width, generator=g) ** 3 * scale
+    divergence[::7] = 0.0  # never leaves
+    divergence[1::7, width // 2 :] *= 50  # leaves late
+    divergence[2::7, : width // 4] *= 50  # leaves early
+    advantages = torch.randn(rows, width, generator=g)
+    advantages[::5] = advantages[::5, :1]
+    advantages[3::11] = 0.0
+    log_ratio = torch.randn(rows, width, generator=g) * 0.1
+    log_ratio[:, 8::9] = 0.0
+    return divergence, advantages, log_ratio, mask
+
+
+LIMITS = {"delta": 0.05, "delta_b": 0.01, "w_min": 0.7}
+FIELDS = {  # of the config, tight enough that every rule acts on the injected batch
+    "cppo": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
+    "cppo_soft": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
+    "dppo": {"cppo_delta": 0.05},
+    "trm_max": {"cppo_divergence": "binary_kl", "cppo_delta": 0.05},
+    "trm_avg": {"cppo_divergence": "binary_kl", "cppo_delta": 0.01},
+    "minpro": {"cppo_ratio_min": 0.8, "cppo_ratio_max": 1.1},
+    "cispo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
+    "grpo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
+    "none": {},
+}
+
+
+def parameters_of(rule):
+    values = {"delta_b_max_multiple": 2.0, "delta_b_quantile": None, "shuffle_weights": False}
+    values |= {name.removeprefix("cppo_"): value for name, value in FIELDS[rule].items()}
+    return {name: values[name] for name in RULES[rule].parameters}
+
+
+def with_topk(model, batch, k, seed=0):
+    """The injected batch with a whole rollout policy: its Top-K ids and log-probs, and the sampled token's."""
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    with torch.no_grad():
+        logits = model(ids).logits[:, batch["prompt_ids"].size(1) - 1 : -1].float()
+    g = torch.Generator().manual_seed(seed)
+    mu = (logits + 0.5 * torch.randn(logits.shape, generator=g)).log_softmax(-1)
+    sampled = batch["completion_ids"].unsqueeze(-1)
+    top = mu.topk(k)
+    logps = top.values.masked_fill(
+        (top.indices == sampled) | ~batch["completion_mask"].bool().unsqueeze(-1), -torch.inf
+    )
+    old = mu.gather(-1, sampled).squeeze(-1) * batch["completion_mask"]
+    return {**batch, "old_per_token_logps": old, "topk_ids": top.indices.int(), "topk_logps": logps}, mu
+
+
+class FakeEngine:
+    """TRL's VLLMGeneration as far as it is used: sorted Top-K, the sampled token added where it is not among them."""
+
+    def __init__(self, model, completions):
+        self.model, self.completions, self.logprobs = model, completions, 0
+
+    def generate(self, prompts, images=None, num_generations=1, profiler=None):
+        all_logps, all_ids = [], []
+        for prompt, tokens in zip(prompts, self.completions, strict=True):
+            with torch.no_grad():
+                logps = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+            rows = [
+                list(dict.fromkeys([*row.topk(self.logprobs).indices.tolist(), y]))
+                for row, y in zip(logps, tokens, strict=True)
+            ]
+            all_ids.append(rows)
+            all_logps.append([[row[i].item() for i in ids] for row, ids in zip(logps, rows, strict=True)])
+        return prompts, self.completions, all_logps, all_ids

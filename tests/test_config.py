@@ -36,7 +36,7 @@ def test_defaults_are_the_paper_s():
         ("dppo", "dppo, binary_tv, delta 0.15"),
         ("trm_max", "trm_max, topk_kl (K = 20), delta 0.05"),
         ("trm_avg", "trm_avg, topk_kl (K = 20), delta 0.001"),
-        ("minpro", "minpro, ratio_min 0.8, ratio_max 1.28"),
+        ("minpro", "minpro, ratio_min 0, ratio_max 1.28"),
         ("cispo", "cispo, ratio_min 0, ratio_max 1.2"),
         ("grpo", "grpo, ratio_min 0.8, ratio_max 1.28"),
         ("none", "none"),
@@ -72,7 +72,7 @@ def test_schedule(fields, steps, updates, on_policy):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"trust_region": "ppo"}, "trust_region must be one of"),
+        ({"trust_region": "ppo"}, "trust_region must be one of .* Did you mean '.ppo'"),
         ({"cppo_divergence": "kl"}, "cppo_divergence must be one of"),
         ({"cppo_delta": 0.0}, "cppo_delta must be > 0"),
         ({"cppo_delta": math.nan}, "cppo_delta must be > 0"),
@@ -95,6 +95,7 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"trust_region": "minpro", "cppo_ratio_max": 0.28}, "cppo_ratio_max must be >= 1"),
         ({"cppo_ratio_max": 1.28}, "cppo_ratio_max must be left at None"),
         ({"log_tokens_steps": -1}, "log_tokens_steps must be a number of updates"),
+        ({"skip_zero_std_prompts": True, "loss_type": "bnpo"}, "skip_zero_std_prompts must be false with 'bnpo'"),
         ({"loss_type": "cispo"}, "loss_type must be one of"),
         ({"loss_type": "luspo", "importance_sampling_level": "sequence"}, "loss_type must be one of"),
         ({"epsilon": 0.1}, "epsilon=0.1 .*cppo_delta"),
@@ -160,9 +161,36 @@ def test_infinite_limits_and_fixed_budget_are_legal():
     assert "fixed" in make(cppo_delta_b_quantile=None).schedule()["trust region"]
 
 
-def test_theorem_1_speaks_of_a_budget_in_total_variation():
-    assert make().theorem_unit == pytest.approx(0.15 * 0.8)
-    assert make(trust_region="cppo_soft", cppo_divergence="topk_tv", cppo_w_min=1.0).theorem_unit == 0.15
-    others = ({"trust_region": "dppo"}, {"cppo_divergence": "binary_kl"}, {"cppo_shuffle_weights": True})
-    for fields in (*others, {"cppo_delta": math.inf}, {"cppo_delta_b": math.inf}, {"trust_region": "grpo"}):
-        assert make(**fields).theorem_unit is None
+def test_theorem_1_covers_a_budget_in_total_variation():
+    assert make().theorem_bound(0.02, 100, 1.0).ratio == pytest.approx(0.02 / (0.15 * 0.8))
+    soft = make(trust_region="cppo_soft", cppo_divergence="topk_tv", cppo_w_min=1.0)
+    assert soft.theorem_bound(0.02, 100, 1.0).ratio == pytest.approx(0.02 / 0.15)
+    for fields in ({"trust_region": "dppo"}, {"cppo_divergence": "binary_kl"}, {"trust_region": "grpo"}):
+        assert make(**fields).theorem_bound is None
+    assert make(cppo_shuffle_weights=True).theorem_bound(0.02, 100, 1.0) is None
+
+
+def test_the_deduction_of_the_paper_s_8b_recipe_is_vacuous():
+    # T = 8,192, delta 0.15, delta_b at its ceiling of 0.04, w_min 0.8, rewards of 0 and 1: 2 xi = 2 is all J can lose
+    deduction = make().theorem_bound(0.04, 8192, 1.0).deduction
+    assert deduction == pytest.approx(2 * 8192 * 8191 * 0.15 * 0.04 / 0.8 + 4 * 8191 * 0.15**2 / 0.8)
+    assert deduction > 1e6
+
+
+def test_a_rule_of_your_own_is_checked_against_its_signature(tmp_path, monkeypatch):
+    (tmp_path / "own_rules.py").write_text(
+        "def late(divergence, advantages, log_ratio, mask, *, delta, after=0.5):\n    return mask.bool()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = make(trust_region="own_rules.late", trust_region_parameters='{"delta": 0.1}')
+    assert config.rule_parameters == {"delta": 0.1}
+    assert config.schedule()["trust region"] == "own_rules.late, binary_tv, delta 0.1"
+    for fields, named in [
+        ({"trust_region": "own_rules.late"}, r"missing: \['delta'\]"),
+        ({"trust_region": "own_rules.late", "trust_region_parameters": {"delta": 0.1, "w": 1}}, r"unknown: \['w'\]"),
+        ({"trust_region": "own_rules.early"}, "trust_region: cannot import 'own_rules.early'"),
+        ({"trust_region_parameters": {"delta": 0.1}}, "trust_region_parameters are for a rule of your own"),
+        ({"trust_region": "own_rules.late", "cppo_delta": 0.2}, "cppo_delta must be left at None"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            make(**{"trust_region_parameters": {"delta": 0.1} if "cppo_delta" in fields else None, **fields})

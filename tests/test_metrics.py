@@ -1,23 +1,25 @@
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from cppo_trl.metrics import add_records, loss_record, position_profile, summarize, total_over_processes
 from cppo_trl.rules import RULES
-from tests.test_trust_region import random_rows
+from cppo_trl.trust_region import improvement_bound
+from tests.conftest import random_rows
 
 
 def record_of(divergence, advantages, log_ratio, mask, rule="cppo", unmoved=False, **parameters):
     if rule.startswith("cppo"):
-        fixed = {"delta_b": 0.01, "delta_b_quantile": None, "delta_b_max_multiple": 2.0, "order": None}
-        parameters = {"delta": 0.05, "w_min": 0.8, **fixed, **parameters}
+        fixed = {"delta_b": 0.01, "delta_b_quantile": None, "delta_b_max_multiple": 2.0}
+        parameters = {"shuffle_weights": False, "delta": 0.05, "w_min": 0.8, **fixed, **parameters}
     verdict = RULES[rule].judge(divergence, advantages, log_ratio, mask, **parameters)
     return loss_record(divergence, advantages, log_ratio, mask, verdict, weights_unmoved=unmoved)
 
 
-def scalars(record, gather=lambda x: x, theorem_unit=None):
-    return summarize(total_over_processes(record, gather), theorem_unit)
+def scalars(record, gather=lambda x: x, bound=None):
+    return summarize(total_over_processes(record, gather), bound)
 
 
 def test_metrics_by_hand():
@@ -104,11 +106,38 @@ def test_theorem_1_by_hand():
     divergence = torch.tensor([[0.06, 0.04, 0.1], [0.0, 0.11 / 0.9, 0.0], [0.049, 0.049, 0.12], [9.0, 9.0, 9.0]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 1], [0, 0, 0]])
     rows = (divergence, torch.ones(4, 1), torch.zeros(4, 3), mask)  # it is about D alone: nothing moves away here
-    metrics = scalars(record_of(*rows, delta=0.1, delta_b=0.05), theorem_unit=0.1 * 0.8)
+    bound = partial(improvement_bound, delta=0.1, w_min=0.8)
+    metrics = scalars(record_of(*rows, delta=0.1, delta_b=0.05), bound=bound)
     assert metrics["cppo/theorem/prefixes"] == pytest.approx(6 / 9)
     assert metrics["cppo/theorem/responses"] == pytest.approx(1 / 3)
     assert metrics["cppo/theorem/bound_ratio"] == pytest.approx(0.05 / 0.08)
+    # T = 3, xi = 1: 2 x 3 x 2 x .1 x .05 / .8 = .075, and the slack 4 x 2 x .01 / .8 = .1
+    assert metrics["cppo/theorem/deduction"] == pytest.approx(0.175)
     assert not any("theorem" in name for name in scalars(record_of(*rows)))
+
+
+def test_theorem_1_counts_with_the_largest_budget_response_and_advantage():
+    # quantiles of D: .02 and .04 of two responses, the longer of which has 4 tokens; |A| up to 3
+    divergence = torch.tensor([[0.02, 0.02, 0.0, 0.0], [0.04, 0.04, 0.04, 0.04]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    advantages = torch.tensor([[-3.0], [2.0]])
+    parameters = {"delta": 0.1, "delta_b": 0.02, "delta_b_quantile": 0.5}
+    record = record_of(divergence, advantages, torch.zeros(2, 4), mask, **parameters)
+    metrics = scalars(add_records(None, record), bound=partial(improvement_bound, delta=0.1, w_min=0.8))
+    assert metrics["cppo/delta_b"] == pytest.approx(0.03)
+    assert metrics["cppo/theorem/bound_ratio"] == pytest.approx(0.04 / 0.08)
+    assert metrics["cppo/theorem/deduction"] == pytest.approx(
+        2 * 3 * 4 * 3 * 0.1 * 0.04 / 0.8 + 4 * 3 * 3 * 0.01 / 0.8
+    )
+
+
+def test_tokens_at_a_bound_are_counted():
+    # m rho = 2, 0.5, 0.5 x 1.5 against [0.8, 1.28]: all three at a bound; without the lower one the first alone
+    ratio, ones = torch.tensor([[2.0, 0.5, 1.5]]), torch.ones(1, 3)
+    for low, share in ((0.8, 1.0), (0.0, 1 / 3)):
+        record = record_of(ones, ones[:, :1], ratio.log(), ones, "minpro", ratio_min=low, ratio_max=1.28)
+        assert scalars(record)["cppo/at_bound"] == pytest.approx(share)
+    assert "cppo/at_bound" not in scalars(record_of(ones, ones[:, :1], ratio.log(), ones))
 
 
 def test_position_profile_by_hand():

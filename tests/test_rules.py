@@ -7,24 +7,18 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl.rules import RULES
-from cppo_trl.trust_region import cppo_mask, cppo_soft_weight, minpro_weight, position_weights
-from tests.conftest import COMPLETION, full_logps, injected_batch
+from cppo_trl.trust_region import cppo_mask, minpro_weight, position_weights, random_order
+from tests.conftest import (
+    COMPLETION,
+    FIELDS,
+    LIMITS,
+    full_logps,
+    gradients,
+    injected_batch,
+    parameters_of,
+    random_rows,
+)
 from tests.reference import algorithm_1, clipped_surrogate_slope, minpro_coefficients, soft_gate
-from tests.test_trainer import gradients
-from tests.test_trust_region import random_rows
-
-LIMITS = {"delta": 0.05, "delta_b": 0.01, "w_min": 0.7}
-FIELDS = {  # of the config, tight enough that every rule acts on the injected batch
-    "cppo": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
-    "cppo_soft": {"cppo_delta": 0.05, "cppo_delta_b": 0.01, "cppo_w_min": 0.7, "cppo_delta_b_quantile": None},
-    "dppo": {"cppo_delta": 0.05},
-    "trm_max": {"cppo_divergence": "binary_kl", "cppo_delta": 0.05},
-    "trm_avg": {"cppo_divergence": "binary_kl", "cppo_delta": 0.01},
-    "minpro": {"cppo_ratio_min": 0.8, "cppo_ratio_max": 1.1},
-    "cispo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
-    "grpo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
-    "none": {},
-}
 
 
 def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR0911 (a table)
@@ -50,13 +44,6 @@ def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR
             for r, a in zip(ratios, advantages, strict=True)
         ]
     return [1.0] * n
-
-
-def parameters_of(rule):
-    values = {"delta_b_max_multiple": 2.0, "delta_b_quantile": None}
-    values |= {name.removeprefix("cppo_"): value for name, value in FIELDS[rule].items()}
-    parameters = {name: values[name] for name in RULES[rule].parameters if name in values}
-    return parameters | ({"order": None} if "shuffle_weights" in RULES[rule].parameters else {})
 
 
 def test_every_rule_is_compared():
@@ -137,18 +124,19 @@ def test_gradients_equal_those_of_trl_s_own_losses(make_trainer, ours, theirs):
 def test_minpro_worked_by_hand():
     # ρ = 2, 0.5, 1.5, 1: m = 1, 1, 0.5, 0.5, so clip(m ρ, 0.6, 1.2) = 1.2, 0.6, 0.75, 0.6
     ratio = torch.tensor([[2.0, 0.5, 1.5, 1.0]])
-    weight = minpro_weight(ratio, ratio, ratio.log(), torch.ones(1, 4), ratio_min=0.6, ratio_max=1.2)
+    weight = minpro_weight(ratio, ratio, ratio.log(), torch.ones(1, 4), ratio_min=0.6, ratio_max=1.2).weight
     torch.testing.assert_close(weight * ratio, torch.tensor([[1.2, 0.6, 0.75, 0.6]]))
 
 
 def test_the_soft_gate_is_open_exactly_where_the_mask_keeps():
     rows = random_rows(500, 30, seed=4)
-    gate, keep = cppo_soft_weight(*rows, **LIMITS), cppo_mask(*rows, **LIMITS)
+    gate = RULES["cppo_soft"].judge(*rows, **parameters_of("cppo_soft")).weight
+    keep = cppo_mask(*rows, **LIMITS)
     assert torch.equal(gate == 1, keep)
     assert ((gate > 0) == rows[3]).all()
     assert gate[rows[3]].min() < 0.2
-    off = cppo_soft_weight(*rows, delta=math.inf, delta_b=math.inf, w_min=0.7)
-    assert torch.equal(off.bool(), rows[3])
+    off = parameters_of("cppo_soft") | {"delta": math.inf, "delta_b": math.inf}
+    assert torch.equal(RULES["cppo_soft"].judge(*rows, **off).weight.bool(), rows[3])
 
 
 def test_shuffled_weights_are_the_same_weights_elsewhere(make_trainer):
@@ -162,17 +150,38 @@ def test_shuffled_weights_are_the_same_weights_elsewhere(make_trainer):
         by_key = sorted(own, key=lambda t: order[b, t])
         torch.testing.assert_close(shuffled[b, by_key], ordered[b, own])
     trainer = make_trainer(cppo_shuffle_weights=True, cppo_w_min=0.1, learning_rate=5e-3)
-    ids = torch.zeros(8, COMPLETION)
-    keys = trainer._weight_order(ids)
-    assert torch.equal(keys, trainer._weight_order(ids))  # the same after a resume
-    trainer.state.global_step = 2
-    assert not torch.equal(keys, trainer._weight_order(ids))
-    trainer.state.global_step = 0
     trainer.train()
     assert trainer.state.log_history[1]["cppo/divergence/mean"] > 0
 
 
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "grpo", "bnpo"])
+def test_the_random_order_of_a_response_is_its_own_and_a_uniform_one():
+    ids, mask = torch.arange(4000), torch.ones(4000, 5)
+    keys = random_order(ids, mask)
+    assert torch.equal(keys[[7]], random_order(ids[[7]], mask[[7]]))  # in any micro-batch
+    ranks = keys.argsort(-1).argsort(-1)
+    for position in range(5):  # each place is as likely for each token: 800 of 4,000, five standard deviations
+        counts = ranks[:, position].bincount(minlength=5)
+        assert (counts - 800).abs().max() < 5 * (4000 * 0.2 * 0.8) ** 0.5
+    assert len({tuple(row) for row in ranks.tolist()}) == 120  # every permutation
+
+
+def test_responses_are_numbered_by_seed_rollout_and_process(make_trainer, monkeypatch):
+    def ids_of(seed, step, process):
+        trainer = make_trainer(cppo_shuffle_weights=True, seed=seed)
+        trainer.state.global_step = step
+        monkeypatch.setattr(type(trainer.accelerator), "process_index", process)
+        rows = [dict(trainer.train_dataset[0]) for _ in range(8)]
+        output = trainer._generate_and_score_completions(rows)
+        monkeypatch.undo()
+        return set(output["response_ids"].tolist())
+
+    first = ids_of(0, 0, 0)
+    assert len(first) == 8
+    assert first == ids_of(0, 0, 0)  # the same after a resume
+    assert not any(first & ids_of(*others) for others in [(1, 0, 0), (0, 2, 0), (0, 0, 1)])
+
+
+@pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "grpo"])
 def test_prompts_whose_responses_score_alike_leave_loss_and_normaliser(make_trainer, loss_type):
     def reward(prompts, completions, **kwargs):
         first = prompts[0]  # its four responses score alike, by a number that no mean reproduces exactly

@@ -1,28 +1,22 @@
 import copy
+import functools
 import math
+import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
-import cppo_trl.trainer as seam
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.seam.checks import check_server
-from tests.conftest import COMPLETION, full_logps, injected_batch, tiny_data, tiny_model
+from tests.conftest import COMPLETION, full_logps, gradients, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile
 
 LOSS_TYPES = ["dr_grpo", "dapo", "grpo", "bnpo"]
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
-
-
-def gradients(trainer, batch):
-    trainer.model.zero_grad()
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    loss = trainer._compute_loss(trainer.model.train(), batch)
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
 def reference_mask(trainer, batch, logps):
@@ -296,13 +290,63 @@ def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
     assert all(h["eval_cppo/rollout_mismatch"] == 0.0 for h in evaluations)
 
 
-def test_metrics_wait_for_the_devices_once_per_update(make_trainer, monkeypatch):
-    trainer = make_trainer(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=4)
-    calls = []
-    summarize = seam.summarize
-    monkeypatch.setattr(seam, "summarize", lambda *args: calls.append(1) or summarize(*args))
-    trainer.train()
-    assert len(calls) == 4
+def test_metrics_cost_one_collective_and_one_wait_per_update(make_trainer, monkeypatch):
+    """Against TRL's own GRPO on the same schedule; waits are counted where the package's own code asks for them."""
+    waits, gathers = [], []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero"):
+        original = getattr(torch.Tensor, name)
+
+        @functools.wraps(original)
+        def counted(self, *args, original=original, name=name, **kwargs):
+            caller = sys._getframe(1).f_globals["__name__"]
+            on_the_host = {("cppo_trl.seam.state", "__bool__"), ("cppo_trl.trust_region", "__int__")}
+            if caller.startswith("cppo_trl") and (caller, name) not in on_the_host:  # sampled_at, a quantile's rank
+                waits.append((caller, name))
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    gather = Accelerator.gather
+    monkeypatch.setattr(Accelerator, "gather", lambda self, x: gathers.append(1) or gather(self, x))
+    fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "steps_per_generation": 4}
+    make_trainer(GRPOTrainer, GRPOConfig, max_steps=4, scale_rewards="none", **fields).train()
+    theirs = len(gathers)
+    gathers.clear()
+    make_trainer(max_steps=4, **fields).train()
+    assert waits == [("cppo_trl.metrics", "tolist")] * 4
+    # TRL gathers its clip ratios for each of the 8 micro-batches as well as we do; ours come once per update
+    assert len(gathers) == theirs + 4
+
+
+def test_the_policy_s_log_probs_must_be_fp32(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    host = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def rounded(self, *args, **kwargs):
+        logps, *others = host(self, *args, **kwargs)
+        return logps.bfloat16(), *others
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", rounded)
+    with pytest.raises(RuntimeError, match=r"log-probs of the policy are torch\.bfloat16, not fp32"):
+        trainer._compute_loss(trainer.model, injected_batch(trainer.model))
+
+
+def test_a_rule_in_a_file_of_one_s_own_trains(make_trainer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "late_rule.py").write_text(
+        "def late(divergence, advantages, log_ratio, mask, *, start):\n"
+        "    position = mask.float().cumsum(-1)\n"
+        "    return (position > start) & mask.bool()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    trainer = make_trainer(trust_region="late_rule.late", trust_region_parameters={"start": 3}, cppo_ratio_cap=5.0)
+    assert "late_rule.late, binary_tv, start 3, ratio capped at 5" in capsys.readouterr().out
+    batch = injected_batch(trainer.model)
+    _, found = gradients(trainer, batch)
+    later = dict(batch, advantages=batch["advantages"][:, None] * (torch.arange(COMPLETION) >= 3))
+    _, expected = gradients(make_trainer(trust_region="none", model=trainer.model, cppo_ratio_cap=5.0), later)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient)
+    trainer.create_model_card(model_name="tiny")
+    assert "late_rule.late, binary_tv, start 3" in (tmp_path / "README.md").read_text()
 
 
 def test_training_raises_the_reward_with_lora_checkpointing_and_resume(make_trainer, tmp_path):

@@ -14,27 +14,10 @@ from cppo_trl.trust_region import (
     prefix_budget,
     ratio_cap_weight,
 )
+from tests.conftest import parameters_of, random_rows
 from tests.reference import algorithm_1, clipped_quantile
 
 INF = math.inf
-
-
-def random_rows(rows, width, seed):
-    """Responses with holes, empty rows and single tokens; divergences from tiny to far above every limit."""
-    g = torch.Generator().manual_seed(seed)
-    mask = torch.rand(rows, width, generator=g) < torch.rand(rows, 1, generator=g) * 1.2
-    mask &= torch.arange(width) < torch.randint(0, width + 1, (rows, 1), generator=g)
-    scale = 10 ** (torch.rand(rows, 1, generator=g) * 3 - 3)
-    divergence = torch.rand(rows, width, generator=g) ** 3 * scale
-    divergence[::7] = 0.0  # never leaves
-    divergence[1::7, width // 2 :] *= 50  # leaves late
-    divergence[2::7, : width // 4] *= 50  # leaves early
-    advantages = torch.randn(rows, width, generator=g)
-    advantages[::5] = advantages[::5, :1]
-    advantages[3::11] = 0.0
-    log_ratio = torch.randn(rows, width, generator=g) * 0.1
-    log_ratio[:, 8::9] = 0.0
-    return divergence, advantages, log_ratio, mask
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 33])
@@ -259,12 +242,13 @@ def test_rules_compile():
 def test_rules_never_wait_for_the_device():
     # the meta device holds no data: anything that reads a value from the tensors raises
     args = [x.to("meta") for x in random_rows(16, 30, seed=10)]
-    divergence, _, log_ratio, mask = args
+    _, _, log_ratio, mask = args
     for name, rule in RULES.items():
-        parameters = dict.fromkeys(rule.parameters, 0.9)
-        if parameters.pop("shuffle_weights", None):
-            parameters["order"] = divergence
-        verdict = rule.judge(*args, **{**parameters, **({"ratio_cap": 2.0} if "ratio_cap" in parameters else {})})
+        parameters = parameters_of(name)
+        if "shuffle_weights" in parameters:
+            parameters |= {"shuffle_weights": True, "delta_b_quantile": 0.9}
+        ids = torch.zeros(len(mask), dtype=torch.long, device="meta")
+        verdict = rule.judge(*args, response_ids=ids, ratio_cap=2.0, **parameters)
         assert verdict.weight.shape == mask.shape, name
         assert loss_record(*args, verdict, topk_mass=log_ratio).dim() == 1
     for estimator in (binary_tv, binary_kl):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cppo_trl.metrics import fates
 from cppo_trl.output.run_files import FATES
-from cppo_trl.rules import Verdict
+from cppo_trl.trust_region import Verdict
 
 RESPONSES, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 1024, 256
 """At most so many responses of a batch are kept, so many first tokens of each, and so many last ones of its prompt."""

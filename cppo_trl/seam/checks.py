@@ -1,4 +1,4 @@
-"""What the seam relies on in TRL and vLLM, checked before training and after each weight sync: a change is loud."""
+"""What the trainer relies on in TRL and vLLM, checked at start-up and after each weight sync; any mismatch raises."""
 
 import inspect
 import math
@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import AutoConfig, PreTrainedModel
 from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
@@ -15,7 +18,7 @@ MAX_MISMATCH_NATS = 0.1
 """Largest mean |log π - log μ| of unmoved weights that is put down to rounding (docs/vllm.md says why)."""
 
 NOTICEABLE_SHARE = 0.1
-"""Share of the budget from which `EngineCheck` warns that noise eats it."""
+"""Share of the budget that triggers the warning of `EngineCheck`."""
 
 _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
     "_compute_loss": ["self", "model", "inputs"],
@@ -81,6 +84,51 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
+def check_model(config: CPPOConfig, model: PreTrainedModel) -> None:
+    """Warn of dropout that stays on, and refuse a K that the vocabulary does not have.
+
+    Raises:
+        ValueError: for such a K.
+    """
+    text_config = model.config.get_text_config()
+    if config.disable_dropout and getattr(text_config, "attention_dropout", None):
+        warnings.warn(
+            f"attention_dropout={text_config.attention_dropout} in the model's config stays on and counts as "
+            'divergence from the rollout policy. Set model_init_kwargs={"attention_dropout": 0.0}.',
+            stacklevel=3,
+        )
+    if config.uses_topk and config.cppo_topk > text_config.vocab_size:
+        raise ValueError(
+            f"cppo_topk={config.cppo_topk} exceeds the model's vocabulary of {text_config.vocab_size}: lower it."
+        )
+
+
+def keep_fp32_outputs(accelerator: Accelerator) -> None:
+    """Let FSDP2 under bf16 hand log-probs back, and reduce gradients, in fp32.
+
+    Accelerate sets all three data types of FSDP2's policy to bf16, so that log π, scored by an fp32 head or not, would
+    be rounded on its way out of the model. Call it before the model is prepared.
+    """
+    if not accelerator.is_fsdp2 or accelerator.mixed_precision != "bf16":
+        return
+    accelerator.state.fsdp_plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=None
+    )
+
+
+def is_reference(model: torch.nn.Module, trained: torch.nn.Module) -> bool:
+    """Whether a pass over a rollout scores the reference policy: another model, or the model without its adapter.
+
+    Args:
+        model: of the pass, unwrapped.
+        trained: the model that is trained, unwrapped.
+    """
+    if not isinstance(trained, PeftModel):
+        return model is not trained
+    status = trained.get_model_status()
+    return status.enabled is not True or status.active_adapters == ["ref"]
+
+
 def check_server(info: dict[str, Any], topk: int) -> None:
     """Refuse a vLLM server whose log-probs are not the rollout policy's, or too few.
 
@@ -117,9 +165,9 @@ class EngineCheck:
     """
 
     def __init__(self, config: CPPOConfig, warns: bool) -> None:
-        budgets = ((name, getattr(config, name)) for name in ("cppo_delta_b", "cppo_delta"))
-        self._budget = next(((n, value) for n, value in budgets if value is not None and math.isfinite(value)), None)
-        self._warns = warns
+        self._budget = config.rule.budget
+        self._limit = config.rule_parameters.get(str(self._budget), math.inf)
+        self._warns = warns and self._limit < math.inf
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         """Check the metrics of a loss; those of an update whose rollouts are all older have nothing to check.
@@ -140,14 +188,13 @@ class EngineCheck:
                 "or a model that this vLLM cannot load anew), or the server holds another model. Restart the server "
                 "with the trained model, or install a vLLM whose load_weights fits it (docs/vllm.md, stale weights)."
             )
-        if self._warns and self._budget is not None and divergence > NOTICEABLE_SHARE * self._budget[1]:
+        if self._warns and divergence > NOTICEABLE_SHARE * self._limit:
             self._warns = False
-            name, value = self._budget
             warnings.warn(
-                f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates, {divergence / value:.0%} of "
-                f"{name}={value:g}: what vLLM and the trainer round differently eats that part of it before any "
-                "update. Set cast_lm_head_to_fp32=True (the head's part), run both in float32 (nearly all; a "
-                f"server's --dtype), or raise {name}. If it grows from rollout to rollout, vLLM's weights are stale. "
-                "Said once.",
+                f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates: rounding that differs between vLLM "
+                f"and the trainer spends {divergence / self._limit:.0%} of cppo_{self._budget}={self._limit:g} before "
+                "any update. Set cast_lm_head_to_fp32=True (removes the head's part), run both in float32 (removes "
+                f"nearly all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, "
+                "vLLM's weights are stale. Shown once per run.",
                 stacklevel=2,
             )

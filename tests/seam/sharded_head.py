@@ -8,8 +8,7 @@ from torch.distributed.tensor import DTensor
 from trl.trainer.utils import add_fused_lm_head
 
 from cppo_trl.seam.topk import HeadTap
-from tests.conftest import injected_batch, tiny_model
-from tests.seam.test_topk import with_topk
+from tests.conftest import injected_batch, tiny_model, with_topk
 
 
 def score(model, batch, **tap_arguments):

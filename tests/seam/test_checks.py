@@ -5,8 +5,7 @@ import warnings
 import pytest
 import torch
 
-from tests.conftest import tiny_model
-from tests.seam.test_topk import FakeEngine
+from tests.conftest import FakeEngine, tiny_model
 
 
 class Engine(FakeEngine):

@@ -15,9 +15,20 @@ from transformers import (
 
 from cppo_trl import CPPOTrainer
 from cppo_trl.seam import topk as policy_topk
-from tests.conftest import COMPLETION, VOCABULARY, full_log_softmax, full_logps, injected_batch, tiny_data, tiny_model
+from cppo_trl.seam.state import Rollout
+from tests.conftest import (
+    COMPLETION,
+    VOCABULARY,
+    FakeEngine,
+    full_log_softmax,
+    full_logps,
+    gradients,
+    injected_batch,
+    tiny_data,
+    tiny_model,
+    with_topk,
+)
 from tests.reference import algorithm_1, clipped_quantile, reduced
-from tests.test_trainer import gradients
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
@@ -76,15 +87,14 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
             self.batch = inputs
             return super()._compute_loss(model, inputs)
 
-        def _divergence(self, logps, rollout_logps):
-            divergence, mass = super()._divergence(logps, rollout_logps)
+        def get_off_policy_mask(self, **inputs):
             pi, mu = log_softmax(self.model, self.batch), self.batch["mu"]
             for b, t in self.batch["completion_mask"].nonzero().tolist():
                 sampled = self.batch["completion_ids"][b, t].item()
                 expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, k, kind)
-                seen.append(divergence[b, t].item())
+                seen.append(self._loss.divergence[b, t].item())
                 compared.append(expected)
-            return divergence, mass
+            return super().get_off_policy_mask(**inputs)
 
     trainer = make_trainer(Spy, model=MODELS[name](), max_steps=6, trainer={"peft_config": peft}, **fields)
     trainer.train()
@@ -98,22 +108,6 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     assert history[0]["cppo/rollout_mismatch"] < 1e-6  # right after the rollout, with unchanged weights
     assert "cppo/rollout_mismatch" not in history[1]
     assert k / VOCABULARY < history[0]["cppo/topk_mass"] <= 1 + 1e-5
-
-
-def with_topk(model, batch, k, seed=0):
-    """The injected batch with a whole rollout policy: its Top-K ids and log-probs, and the sampled token's."""
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
-    with torch.no_grad():
-        logits = model(ids).logits[:, batch["prompt_ids"].size(1) - 1 : -1].float()
-    g = torch.Generator().manual_seed(seed)
-    mu = (logits + 0.5 * torch.randn(logits.shape, generator=g)).log_softmax(-1)
-    sampled = batch["completion_ids"].unsqueeze(-1)
-    top = mu.topk(k)
-    logps = top.values.masked_fill(
-        (top.indices == sampled) | ~batch["completion_mask"].bool().unsqueeze(-1), -torch.inf
-    )
-    old = mu.gather(-1, sampled).squeeze(-1) * batch["completion_mask"]
-    return {**batch, "old_per_token_logps": old, "topk_ids": top.indices.int(), "topk_logps": logps}, mu
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -157,10 +151,10 @@ def test_rollout_side_is_the_same_where_only_valid_tokens_are_scored(make_traine
     read = []
     for compact in (False, True):
         monkeypatch.setattr(policy_topk.host, "_use_triton", lambda device, compact=compact: compact)
-        trainer._rollout_pass_due = True
+        trainer._rollout = Rollout(trainer.args, 0, 0)
         with torch.no_grad():
             trainer._get_per_token_logps_and_entropies(trainer.model, ids, attention, COMPLETION, batch_size)
-        read.append(trainer._rollout_tap[1])
+        read.append(trainer._rollout._scored[1])
     valid = batch["completion_mask"].bool()
     assert torch.equal(read[0].ids[valid], read[1].ids[valid])
     torch.testing.assert_close(read[0].logps, read[1].logps)
@@ -225,26 +219,6 @@ def test_a_changed_head_is_loud(make_trainer, monkeypatch):
     batch, _ = with_topk(trainer.model, injected_batch(trainer.model), k=20)
     with pytest.raises(RuntimeError, match="read for 0 of 8 responses"):
         trainer._compute_loss(trainer.model, batch)
-
-
-class FakeEngine:
-    """TRL's VLLMGeneration as far as it is used: sorted Top-K, the sampled token added where it is not among them."""
-
-    def __init__(self, model, completions):
-        self.model, self.completions, self.logprobs = model, completions, 0
-
-    def generate(self, prompts, images=None, num_generations=1, profiler=None):
-        all_logps, all_ids = [], []
-        for prompt, tokens in zip(prompts, self.completions, strict=True):
-            with torch.no_grad():
-                logps = self.model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-            rows = [
-                list(dict.fromkeys([*row.topk(self.logprobs).indices.tolist(), y]))
-                for row, y in zip(logps, tokens, strict=True)
-            ]
-            all_ids.append(rows)
-            all_logps.append([[row[i].item() for i in ids] for row, ids in zip(logps, rows, strict=True)])
-        return prompts, self.completions, all_logps, all_ids
 
 
 def test_engine_topk_is_the_union_with_the_sampled_token():
