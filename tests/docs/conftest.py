@@ -6,11 +6,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 
 from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
-from cppo_trl.output.nonfinite import save_batch
 from tests.conftest import SMALL_RUN, tiny_model
 from tests.data.conftest import caches, hub  # noqa: F401  (fixtures)
 
@@ -69,9 +67,6 @@ def trained(desk, tiny_directory, hub, monkeypatch):  # noqa: F811
         shutil.copytree(tiny_directory, repository / "snapshots/0")
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0")
-    (desk / "outputs/x").mkdir()
-    loss, batch = torch.tensor(torch.nan), {"advantages": torch.zeros(2)}
-    save_batch(desk / "outputs/x/nonfinite-update-41-process-0.pt", [(loss, batch)], update=41)
     from_disk = datasets.load_dataset
 
     def load_dataset(name, *args, **options):
