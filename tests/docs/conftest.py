@@ -10,7 +10,7 @@ import pytest
 from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
 from tests.conftest import SMALL_RUN, tiny_model
-from tests.data.conftest import caches, hub  # noqa: F401  (fixtures)
+from tests.data.conftest import *  # noqa: F403  (the fixtures of a Hub cache)
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("Qwen/Qwen3-0.6B",)
@@ -59,7 +59,7 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trained(desk, tiny_directory, hub, monkeypatch):  # noqa: F811
+def trained(desk, tiny_directory, hub, monkeypatch):
     """The same after the reader's runs, with tiny models and datasets on the Hub, and training made short."""
     shutil.copytree(tiny_directory, desk / "outputs/quickstart")
     for name in MODELS:
