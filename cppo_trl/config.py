@@ -385,3 +385,9 @@ class CPPOConfig(GRPOConfig):
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name} must be {expected}; got {value!r}.")
+
+
+def in_columns(title: str, rows: dict[str, str]) -> str:
+    """Names and texts in two columns below a title."""
+    width = max(map(len, rows))
+    return "\n".join([title, *(f"  {name:<{width}}  {text}" for name, text in rows.items())])

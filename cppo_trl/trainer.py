@@ -15,7 +15,6 @@ What they pass to one another lives in `cppo_trl.seam.state`, for as long as a r
 import inspect
 import math
 import textwrap
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
-from cppo_trl.config import CPPOConfig
+from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.metrics import position_profile, summarize
 from cppo_trl.output.callbacks import WriteRun
 from cppo_trl.output.checkpoints import ExactResume, saving
 from cppo_trl.output.model_card import complete_card
-from cppo_trl.output.nonfinite import require_finite, stop
+from cppo_trl.output.nonfinite import require_finite, stop_or_warn
 from cppo_trl.output.run_files import append_profile, append_tokens
 from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.seam import checks
@@ -99,23 +98,21 @@ class CPPOTrainer(GRPOTrainer):
         self.add_callback(WriteRun)
         self.add_callback(ExactResume)
         if main:
-            rows = {"processes": str(self.accelerator.num_processes), **args.schedule()}
-            width = max(map(len, rows))
             print(
-                "\n".join([f"{self._name} schedule", *(f"  {name:<{width}}  {text}" for name, text in rows.items())])
+                in_columns(
+                    f"{self._name} schedule", {"processes": str(self.accelerator.num_processes), **args.schedule()}
+                )
             )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        process = self.accelerator.process_index
-        self._rollout = rollout = Rollout(self.args, self.state.global_step, process)
+        self._rollout = rollout = Rollout(self.args, self.state.global_step, self.accelerator.process_index)
         try:
             output = super()._generate_and_score_completions(inputs)
         finally:
             self._rollout = None
         rollout.complete(output, self._engine_topk)
         if self.args.skip_zero_std_prompts and self.model.training:
-            per_response = self.loss_type in ("grpo", "dr_grpo")
-            skip_zero_std_prompts(output, self.accelerator.gather, process, self.num_generations, per_response)
+            skip_zero_std_prompts(output, self.accelerator, self.num_generations, self.loss_type)
         return output
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -165,26 +162,17 @@ class CPPOTrainer(GRPOTrainer):
         for name, scalar in scalars.items():
             self._metrics[mode][name].append(scalar)
         if mode == "train" and self.is_world_process_zero():
-            directory, update, every = (
-                Path(self.args.output_dir),
-                self.state.global_step + 1,
-                self.args.log_tokens_steps,
-            )
+            directory, update = Path(self.args.output_dir), self.state.global_step + 1
             append_profile(directory, update, position_profile(total))
-            if every > 0 and update % every == 0:
+            if self.args.log_tokens_steps and update % self.args.log_tokens_steps == 0:
                 records = token_records(token_table(last.batch, *last.judged), self._tokenizer.batch_decode)
                 append_tokens(directory, update, records)
         if "cppo/nonfinite_losses" in scalars:
-            if mode == "train":
-                stop(self.args.output_dir, self.state.global_step + 1)
-            warnings.warn(
-                "The loss of an evaluation batch is not finite; see eval_cppo/nonfinite_losses. Training goes on.",
-                stacklevel=2,
-            )
+            stop_or_warn(mode, self.args.output_dir, self.state.global_step + 1)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.accelerator, self.model, self.state.global_step)
         super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

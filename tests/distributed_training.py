@@ -3,8 +3,10 @@
 Run by ``test_distributed.py`` through ``accelerate launch``, and in its own process for the comparison.
 """
 
+import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,9 +19,14 @@ from trl.trainer import grpo_trainer as host
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
+from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.nonfinite import _own_share, require_finite
 from cppo_trl.rewards import AccuracyReward
 from cppo_trl.rewards.checker import shared_checker
 from tests.conftest import COMPLETION, SMALL_RUN, digit_reward, full_logps, injected_batch, tiny_data, tiny_model
+
+with suppress(ImportError):
+    import deepspeed
 
 PROCESSES, MICRO_BATCH, ACCUMULATION, MICRO_BATCHES = 2, 3, 2, 4  # rows of a process, per update, per rollout
 ROWS = PROCESSES * MICRO_BATCH * MICRO_BATCHES  # of a rollout: three groups of 8, the middle one on both processes
@@ -43,6 +50,7 @@ CASES = {
         "skip_zero_std_prompts": True,
     },
 }
+BF16 = {"loss_type": "dapo", "bf16": True, "cast_lm_head_to_fp32": True}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
@@ -99,9 +107,43 @@ class Injected(CPPOTrainer):
         return weight
 
 
+def whole(weight):
+    """A parameter that FSDP2 or ZeRO-3 may have sharded."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_tensor"):
+        with deepspeed.zero.GatheredParameters(weight):
+            return weight.detach().clone()
+    return weight
+
+
+class HeadErrors(Injected):
+    """Keeps how far log π is from an fp32 head on the hidden states of its pass, and what bf16 would make of it."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.errors, self.rounding, self.hidden = [], [], None
+        module = self.accelerator.unwrap_model(self.model)
+        module.model.norm.register_forward_hook(lambda norm, args, output: setattr(self, "hidden", output.detach()))
+        self.head = module.lm_head
+
+    def get_off_policy_mask(self, **inputs):
+        logps, length = inputs["per_token_logps"].detach(), self.max_completion_length
+        assert logps.dtype == torch.float32
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            logits = self.hidden.float()[:, -length - 1 : -1] @ whole(self.head.weight).float().T
+            ids = self._loss.batch["completion_ids"].unsqueeze(-1)
+            full = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
+        own = inputs["mask"].bool()
+        self.errors += (logps - full)[own].abs().tolist()
+        self.rounding += (logps.bfloat16() - full)[own].abs().tolist()
+        return super().get_off_policy_mask(**inputs)
+
+
 def make(case, model, output_dir, layout):
     world = 1 if layout == "one" else PROCESSES
-    fields = {"learning_rate": 1e-2, "loss_type": "dr_grpo", "cppo_delta": 0.05, **CASES[case]}
+    fields = BF16 if case == "bf16" else CASES[case]
+    fields = {"learning_rate": 1e-2, "loss_type": "dr_grpo", "cppo_delta": 0.05, **fields}
     config = CPPOConfig(
         str(output_dir),
         per_device_train_batch_size=MICRO_BATCH * PROCESSES // world,
@@ -120,7 +162,7 @@ def make(case, model, output_dir, layout):
     if layout == "fsdp2":  # Accelerate 1.15 shards on GPUs alone: call this group one of GPUs until it has chosen
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     torch.manual_seed(0)  # of the adapters
-    trainer = Injected(
+    trainer = (HeadErrors if case == "bf16" else Injected)(
         str(model),
         digit_reward,
         config,
@@ -176,15 +218,53 @@ def grade_beside_a_stuck_answer(model, directory):
     }
 
 
+def refuse_weights_of_one_process(model, output_dir, layout):
+    """What each process says of weights that only the last one knows to be NaN."""
+    trainer = make("dr_grpo-binary_tv", model, output_dir, layout)
+    trainer.train()
+    require_finite(trainer.accelerator, trainer.model, 4)
+    if trainer.accelerator.process_index == PROCESSES - 1:
+        with torch.no_grad():
+            shares = [_own_share(parameter) for parameter in trainer.model.parameters()]
+            next(share for share in shares if share.numel()).view(-1)[0] = math.nan
+    try:
+        require_finite(trainer.accelerator, trainer.model, 4)
+        said = "nothing"
+    except RunError as error:
+        said = str(error)
+    return gather_object([said])
+
+
+def run_in_bf16(model, output_dir, layout):
+    trainer = make("bf16", model, output_dir, layout)
+    trainer.train()
+    policy = getattr(trainer.accelerator.state, "fsdp_plugin", None) and trainer.accelerator.state.fsdp_plugin
+    return {
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "errors": gather_object(trainer.errors),
+        "rounding": gather_object(trainer.rounding),
+        "reduced_in": str(policy.mixed_precision_policy.reduce_dtype) if policy else None,
+    }
+
+
 def main(layout, model, directory):
     results = {}
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        results["bf16"] = run_in_bf16(model, directory / "bf16", layout)
+        finish(results, directory)
+        return
     for case, fields in CASES.items():
         results[case] = run(case, model, directory / case, layout)
         if "save_strategy" in fields:
             last = directory / case / "checkpoint-2"
             results["resumed"] = run(case, model, directory / "resumed", layout, str(last))
+    results["refused"] = refuse_weights_of_one_process(model, directory / "refused", layout)
     if layout == "ddp":
         results["rewards"] = grade_beside_a_stuck_answer(model, directory)
+    finish(results, directory)
+
+
+def finish(results, directory):
     if torch.distributed.get_rank() == 0:
         torch.save(results, directory / "results.pt")
     torch.distributed.destroy_process_group()

@@ -33,10 +33,10 @@ def two_processes(model, tmp_path_factory):
     """What two processes saw under a layout; each is launched once."""
 
     @functools.cache
-    def launch(layout):
+    def launch(layout, mixed_precision="no"):
         directory = tmp_path_factory.mktemp(layout)
         command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-        command += ["--config_file", f"configs/accelerate/{layout}.yaml", "--mixed_precision=no"]
+        command += ["--config_file", f"configs/accelerate/{layout}.yaml", f"--mixed_precision={mixed_precision}"]
         command += ["-m", "tests.distributed_training", layout, str(model), str(directory)]
         subprocess.run(command, check=True, cwd=ROOT, env=ENVIRONMENT, timeout=290)
         return torch.load(directory / "results.pt")
@@ -78,6 +78,26 @@ def test_two_processes_train_as_one_does(layout, case, two_processes, one_proces
             for name, parameter in one["model"].items()
         ]
         assert max(moved) > 5e-3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_under_bf16_log_probs_and_gradients_stay_fp32(layout, two_processes):
+    """The log-probs are an fp32 head's on the pass's own hidden states; gradients are reduced in fp32."""
+    result = two_processes(layout, "bf16")["bf16"]
+    assert len(result["errors"]) > 100
+    assert max(result["errors"]) < 1e-5
+    assert sum(result["rounding"]) / len(result["rounding"]) > 1e-3  # what a rounded output would have shown
+    assert len(result["log"]) == 4
+    assert all(entry["cppo/divergence/mean"] > 0 and entry["grad_norm"] > 0 for entry in result["log"])
+    if layout == "fsdp2":
+        assert result["reduced_in"] == "torch.float32"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_that_is_not_finite_on_one_process_is_refused_on_all(layout, two_processes):
+    refused = two_processes(layout)["refused"]
+    assert len(refused) == 2
+    assert all("After update 4 the weights are not finite" in message for message in refused)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -1,20 +1,32 @@
 """The end of a run whose loss or weights are NaN or infinite."""
 
-from typing import NoReturn
+import warnings
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from cppo_trl.output.checkpoints import RunError, last_checkpoint
 
 
-def stop(output_dir: str, update: int) -> NoReturn:
-    """End a run in the middle of an update whose loss is not finite; to be called on all processes.
+def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
+    """What follows from a loss that is not finite; to be called on all processes.
+
+    Args:
+        mode: ``"train"``, where the run stops before the update is made, or ``"eval"``, where it goes on.
+        output_dir: of the run.
+        update: the update's number, counted from 1.
 
     Raises:
-        RunError: always.
+        RunError: in training.
     """
+    if mode == "eval":
+        warnings.warn(
+            "The loss of an evaluation batch is not finite; see eval_cppo/nonfinite_losses. Training goes on.",
+            stacklevel=3,
+        )
+        return
     last, _ = last_checkpoint(output_dir)
     raise RunError(
         f"The loss of update {update} is not finite: the weights are not changed by it. Look for a reward that is "
@@ -22,15 +34,16 @@ def stop(output_dir: str, update: int) -> NoReturn:
     )
 
 
-def require_finite(model: torch.nn.Module, update: int) -> None:
+def require_finite(accelerator: Accelerator, model: torch.nn.Module, update: int) -> None:
     """Refuse weights that are not finite, so that no checkpoint holds any; waits for the device.
 
-    Each process looks at its own share of the weights, under FSDP2 and DeepSpeed's ZeRO-3 as well.
+    Each process looks at its own share of the weights, under FSDP2 and DeepSpeed's ZeRO-3 as well; to be called on all.
 
     Raises:
-        RunError: if a weight of this process is NaN or infinite.
+        RunError: on all processes, if a weight of any of them is NaN or infinite.
     """
-    if not all(_own_share(parameter).isfinite().all().item() for parameter in model.parameters()):
+    finite = torch.stack([_own_share(parameter).isfinite().all() for parameter in model.parameters()]).all()
+    if not accelerator.gather(finite).all():
         raise RunError(
             f"After update {update} the weights are not finite: they are not saved, and earlier checkpoints are kept. "
             "A gradient overflowed though the loss did not: lower the learning rate, or raise the precision."

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from cppo_trl.config import CPPOConfig
@@ -65,24 +66,23 @@ class Rollout:
 
 
 def skip_zero_std_prompts(
-    batch: dict[str, Any], gather: Callable[[Tensor], Tensor], process: int, num_generations: int, per_response: bool
+    batch: dict[str, Any], accelerator: Accelerator, num_generations: int, loss_type: str
 ) -> None:
     """Take the responses to prompts whose responses all score alike out of the masks and of the loss's normalizer.
 
     Args:
         batch: a rollout of TRL's, changed in place.
-        gather: concatenates a tensor over processes, as ``Accelerator.gather``.
-        process: index of this process.
+        accelerator: the trainer's.
         num_generations: responses to each prompt.
-        per_response: whether the loss divides by the number of responses, which TRL does not count.
+        loss_type: the trainer's; what divides by the number of responses is made up for in the advantages.
     """
-    own = batch["advantages"]
+    gather, own = accelerator.gather, batch["advantages"]
     groups = gather(own).view(-1, num_generations)
     alike = (groups == groups[:, :1]).all(-1, keepdim=True).expand_as(groups).flatten()
-    skipped = alike[process * len(own) : (process + 1) * len(own)]
+    skipped = alike.view(accelerator.num_processes, -1)[accelerator.process_index]
     batch["completion_mask"] = batch["completion_mask"] * ~skipped.unsqueeze(-1)
     batch["num_items_in_batch"] = gather((batch["completion_mask"] * batch.get("tool_mask", 1)).sum()).sum()
-    if per_response:
+    if loss_type in ("grpo", "dr_grpo"):
         batch["advantages"] = own * (len(alike) / (~alike).sum().clamp(min=1))
 
 
