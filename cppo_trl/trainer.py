@@ -77,6 +77,7 @@ class CPPOTrainer(GRPOTrainer):
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         checks.check_arguments(args, given.arguments)
+        checks.require_rows(given.arguments.get("train_dataset"), args)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         checks.check_model(args, self.model)
         checks.keep_fp32_outputs(self.accelerator)

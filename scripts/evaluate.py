@@ -8,25 +8,21 @@ The same command again goes on where it was interrupted. Options are the fields 
 `cppo_trl.evaluation.command.EvaluationArguments`, also from ``--config FILE.yaml``; see ``docs/evaluation.md``.
 """
 
-import sys
-
 import datasets
-from trl import TrlParser
 
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
+from cppo_trl.launch.command import one_line_errors, parse
 
 
 def main() -> None:
     """Evaluate and print the table."""
     datasets.disable_progress_bars()
-    try:
-        (args,) = TrlParser(EvaluationArguments).parse_args_and_config()
-        print(evaluate_command(args))
-    except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
+    (args,) = parse((EvaluationArguments,))
+    print(evaluate_command(args))
     if not args.compare:
         print(f"\n{args.output_dir}: results.json (every number), table.md, generations.jsonl (every answer)")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("The same command continues where it stopped."):
+        main()

@@ -6,25 +6,20 @@
 Then ``scripts/train.py --dataset_name data/dapo``. Fields are those of `cppo_trl.data.prepare.PrepareArguments`.
 """
 
-import sys
 import time
 
-from trl import TrlParser
-
 from cppo_trl.data.prepare import PrepareArguments, prepare
-from cppo_trl.data.sources import SourceUnavailableError
+from cppo_trl.launch.command import one_line_errors, parse
 
 
 def main() -> None:
     """Prepare as the arguments say, and print the summary."""
     start = time.monotonic()
-    try:
-        (args,) = TrlParser(PrepareArguments).parse_args_and_config()
-        summary = prepare(args)
-    except (ValueError, SourceUnavailableError) as error:
-        sys.exit(str(error))
+    (args,) = parse((PrepareArguments,))
+    summary = prepare(args)
     print(f"\n{summary.report()}\n\n{args.output_dir}: written after {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors("Repeat the command."):
+        main()

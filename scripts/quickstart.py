@@ -18,12 +18,11 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
-from trl import TrlParser
 
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Accuracy, evaluate
+from cppo_trl.launch.command import one_line_errors, parse
 from cppo_trl.launch.training import ARGUMENT_TYPES, train
-from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.hub import push
 from cppo_trl.report.figures import plot_curves
 from cppo_trl.rewards import accuracy_reward
@@ -42,7 +41,12 @@ class TaskArguments:
 
 
 class RolloutProgress(TrainerCallback):
-    """One progress bar over rollouts, with reward and masked share."""
+    """One progress bar over rollouts, with reward and masked share; and the table of the model card."""
+
+    table = ""
+
+    def card_sections(self) -> dict[str, str]:
+        return {"Evaluation": self.table} if self.table else {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar = tqdm(total=round(state.max_steps / args.updates_per_rollout), desc="CPPO training", unit="rollout")
@@ -94,8 +98,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its bars
-    parser = TrlParser((TaskArguments, *ARGUMENT_TYPES))
-    task, script, config, model_args, mixture = parser.parse_args_and_config()
+    task, script, config, model_args, mixture = parse((TaskArguments, *ARGUMENT_TYPES))
     output_dir = Path(config.output_dir)
     if not config.resume_from_checkpoint:
         keep_earlier_run(output_dir)
@@ -117,9 +120,8 @@ def main() -> None:
 
     print(f"Evaluating the warm start on {len(test)} held-out problems")
     before = held_out(AutoModelForCausalLM.from_pretrained(warm_start))
-    trainer = train(
-        script, config, model_args, mixture, callbacks=[RolloutProgress()], drop_callbacks=[PrinterCallback]
-    )
+    progress = RolloutProgress()
+    trainer = train(script, config, model_args, mixture, callbacks=[progress], drop_callbacks=[PrinterCallback])
     print("Evaluating the trained model")
     after = held_out(trainer.model)
 
@@ -158,7 +160,7 @@ def main() -> None:
         title=f"CPPO quickstart, seed {config.seed}",
         evaluation={"held-out avg@16 before": before.avg_at_k, "held-out avg@16 after": after.avg_at_k},
     )
-    trainer.evaluation_table = table
+    progress.table = table
     trainer.create_model_card(model_name="CPPO quickstart")
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     print(f"\n{table}\n")
@@ -174,12 +176,10 @@ def main() -> None:
     print(
         f"\n{output_dir}: model, tokenizer, README.md (model card), trainer_state.json (log), curves.png, results.json"
     )
-    push(trainer, model_name="CPPO quickstart")
+    push(trainer)
     trainer.end()
 
 
 if __name__ == "__main__":
-    try:
+    with one_line_errors("Repeat the command to start again."):
         main()
-    except RunError as error:
-        sys.exit(f"\n{error}")

@@ -1,6 +1,9 @@
 """Tiny models, tokenizers and trainers made on the spot; nothing is downloaded."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -13,6 +16,8 @@ from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from cppo_trl.rules import RULES
 
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "configs/quickstart/cppo.yaml")
 PROMPTS, COMPLETION, VOCABULARY = 8, 12, 23
 SMALL_RUN = {  # fields of every trainer made on the spot
     "use_cpu": True,
@@ -51,6 +56,31 @@ def digit_reward(completions, **kwargs):
 
 def tiny_data(count=64):
     return arithmetic.problems(count, terms=3, seed=0)
+
+
+def launch(*command, **environment):
+    """Run a script in a process of its own, and return it completed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A directory with a tiny model in ``model`` and 32 problems in ``data``."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    arithmetic.tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    arithmetic.problems(32, 3, 0).to_json(tmp_path / "data/train.jsonl")
+    return tmp_path
+
+
+def small_run(task):
+    """Command-line fields of four small updates on the task, in its directory ``out``."""
+    fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
+    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import CPPOConfig, CPPOTrainer
@@ -363,8 +363,11 @@ def test_training_raises_the_reward_with_lora_checkpointing_and_resume(make_trai
 
 
 def test_model_card_names_the_method_and_its_numbers(make_trainer, tmp_path):
-    trainer = make_trainer()
-    trainer.evaluation_table = "| before | after |\n|---|---|\n| 0.1 | 0.9 |"
+    class Evaluated(TrainerCallback):
+        def card_sections(self):
+            return {"Evaluation": "| before | after |\n|---|---|\n| 0.1 | 0.9 |"}
+
+    trainer = make_trainer(trainer={"callbacks": [Evaluated()]})
     trainer.create_model_card(model_name="tiny")
     card = (tmp_path / "README.md").read_text()
     assert "https://huggingface.co/papers/2606.10968" in card

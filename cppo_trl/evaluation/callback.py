@@ -62,6 +62,10 @@ class EvaluationCallback(TrainerCallback):
         """A markdown table of the first and the last evaluation, for a model card."""
         return table([*self.measured[:1], *self.measured[1:][-1:]]) if self.measured else None
 
+    def card_sections(self) -> dict[str, str]:
+        """The table for a model card, by the title of its section."""
+        return {"Evaluation": self.table} if self.table else {}
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Evaluate, unless training is resumed."""
         if state.global_step == 0:

@@ -1,34 +1,36 @@
-"""The dry run: what a recipe comes to on so many processes, and what cannot work, before anything is loaded."""
+"""The dry run: resolve a recipe for N processes, and name what cannot work, before a model is loaded."""
 
 import argparse
-import importlib.util
-import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from transformers import AutoConfig
-from trl import DatasetMixtureConfig, ModelConfig
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 
-from cppo_trl.config import CPPOConfig
-from cppo_trl.launch.memory import (
-    GIB,
-    MODEL_SHAPES,
-    OVERHEAD,
-    SHARDINGS,
-    Layout,
-    Memory,
-    ModelShape,
-    Workload,
-    estimate,
-    vllm_minimum,
-)
-from cppo_trl.launch.training import CPPOScriptArguments, import_reward, parse_arguments
+from cppo_trl.config import CPPOConfig, in_columns
+from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, import_reward, load_data, parse_arguments
+from cppo_trl.output.checkpoints import checkpoint_to_resume
 
-PROMPT_TOKENS = 1024
-"""Longest prompt where ``vllm_max_model_length`` does not tell it: the authors' limit."""
+SHARDINGS = ("none", "ddp", "zero2", "zero3", "fsdp2")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a model is distributed: the number of processes, one GPU each, and one of `SHARDINGS`."""
+
+    processes: int = 1
+    sharding: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.processes < 1:
+            raise ValueError(f"num_processes must be >= 1; got {self.processes}.")
 
 
 @dataclass
@@ -39,313 +41,185 @@ class Plan:
         config: the checked configuration, as on ``layout.processes`` processes.
         layout: the processes.
         rows: the plan in words, row by row.
-        memory: the estimate for one GPU, or None where it cannot be made.
-        notes: what this machine lacks, and what is unusual.
+        notes: what is missing on this machine only, and what is unusual.
         problems: what cannot work.
     """
 
     config: CPPOConfig
     layout: Layout
     rows: dict[str, str]
-    memory: Memory | None = None
-    notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    @property
-    def prompts_per_update(self) -> float:
-        """Prompts of one optimizer step, the paper's minibatch."""
-        return responses_per_update(self.config, self.layout) / self.config.num_generations
+    notes: list[str]
+    problems: list[str]
 
     def __str__(self) -> str:
         """The plan as a table, with notes and problems below."""
-        rows = self.rows | (_memory_in_words(self.memory) if self.memory else {})
-        width = max(map(len, rows))
-        lines = ["CPPO plan: nothing was loaded", *(f"  {name:<{width}}  {text}" for name, text in rows.items())]
-        lines += [f"  note: {note}" for note in self.notes]
-        lines += [f"  problem: {problem}" for problem in self.problems]
-        return "\n".join(lines)
+        lines = [in_columns("CPPO plan: no model was loaded", self.rows), *(f"  note: {note}" for note in self.notes)]
+        return "\n".join([*lines, *(f"  problem: {problem}" for problem in self.problems)])
 
 
 def dry_run_parser() -> argparse.ArgumentParser:
-    """The dry run's own flags; what else there is belongs to the recipe."""
+    """The dry run's own flags; all others belong to the recipe."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--dry_run", action="store_true", help="Say what the recipe comes to, and load nothing.")
+    parser.add_argument("--dry_run", action="store_true", help="Resolve the recipe, and load no model.")
     parser.add_argument("--num_processes", type=int, help="Processes; default: the Accelerate file's, else one.")
-    parser.add_argument("--accelerate_config", help="Accelerate file: processes, and how the model lies over them.")
-    parser.add_argument("--gpu_memory_gb", type=float, help="Refuse what does not fit such a card.")
+    parser.add_argument("--accelerate_config", help="Accelerate file: processes and sharding strategy.")
+    parser.add_argument("--gpu_memory_gb", type=float, help="Memory of a GPU, for a note where it is too small.")
     return parser
 
 
 def dry_run(arguments: Sequence[str]) -> Plan:
     """The plan of a command line of ``scripts/train.py``, with the flags of `dry_run_parser`.
 
+    The configuration is checked on the CPU: what the GPUs that will train support is not known here.
+
     Raises:
         ValueError: for a field that no dataclass knows, or a value that `CPPOConfig` or TRL refuses.
     """
     own, rest = dry_run_parser().parse_known_args(arguments)
     layout = read_layout(own.accelerate_config, own.num_processes)
-    script, config, model, mixture = parse_arguments(rest, config_type=config_elsewhere(layout.processes))
-    return make_plan(script, config, model, mixture, layout, own.gpu_memory_gb)
-
-
-def config_elsewhere(processes: int) -> type[CPPOConfig]:
-    """A `CPPOConfig` that checks itself as it would on another machine: so many processes, GPUs that know bf16.
-
-    On this machine it takes the CPU, so no GPU is touched.
-    """
-
-    class ConfigElsewhere(CPPOConfig):
-        world_size = processes
-
-        def __post_init__(self) -> None:
-            meant = {name: getattr(self, name) for name in ("use_cpu", "tf32")}
-            self.use_cpu, self.tf32 = True, None
-            super().__post_init__()
-            for name, value in meant.items():
-                setattr(self, name, value)
-
-    return ConfigElsewhere
+    planned = type("PlannedConfig", (CPPOConfig,), {"world_size": layout.processes})
+    script, config, model, mixture = parse_arguments([*rest, "--use_cpu", "true"], config_type=planned)
+    architecture = architecture_of(model.model_name_or_path)
+    rows, notes = _rows(script, config, model, mixture, layout), _missing_here(config, mixture, script, layout)
+    if architecture is None:
+        notes.append(f"no config.json of {model.model_name_or_path!r} can be read: size and context are unknown")
+    else:
+        total, trained = count_parameters(architecture, model)
+        gib = state_bytes(total, trained, layout, 2 if model.dtype in ("bfloat16", "float16", "auto") else 4) / 2**30
+        rows["parameters"] = f"{total / 1e9:.2f} B, {trained / 1e9:.4g} B of them trained"
+        rows["GPU memory"] = f"{gib:.1f} GiB for weights, gradients and AdamW; activations and generation come on top"
+        if own.gpu_memory_gb and gib > own.gpu_memory_gb:
+            notes.append(f"weights, gradients and AdamW alone ({gib:.0f} GiB) exceed {own.gpu_memory_gb:g} GB")
+    problems = [*_refusals(script, config, mixture), *_conflicts(config, model, layout, architecture)]
+    return Plan(config, layout, rows, notes, problems)
 
 
 def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
     """The layout of an Accelerate file, or of a number of processes under DDP.
 
     Raises:
-        ValueError: for a layout that the estimate does not know.
+        ValueError: for a file that is missing, or a sharding strategy that is not among `SHARDINGS`.
     """
     if accelerate_config is None:
         count = 1 if processes is None else processes
         return Layout(count, "none" if count == 1 else "ddp")
+    if not os.path.exists(accelerate_config):
+        raise ValueError(f"--accelerate_config: there is no file {accelerate_config}.")
     cluster = load_config_from_file(accelerate_config)
-    kind = cluster.distributed_type.value
-    if kind == "DEEPSPEED":
-        sharding = f"zero{cluster.deepspeed_config.get('zero_stage')}"
-    elif kind == "FSDP":
-        sharding = f"fsdp{cluster.fsdp_config.get('fsdp_version', 1)}"
-    else:
-        sharding = {"NO": "none", "MULTI_GPU": "ddp"}.get(kind, kind)
+    sharding = {
+        "NO": "none",
+        "MULTI_GPU": "ddp",
+        "DEEPSPEED": f"zero{cluster.deepspeed_config.get('zero_stage')}",
+        "FSDP": f"fsdp{cluster.fsdp_config.get('fsdp_version', 1)}",
+    }.get(cluster.distributed_type.value)
     if sharding not in SHARDINGS:
-        raise ValueError(
-            f"{accelerate_config}: {sharding} is not known to the dry run. Use DDP, ZeRO-2, ZeRO-3 or FSDP2."
-        )
+        raise ValueError(f"{accelerate_config}: the dry run only knows the strategies {', '.join(SHARDINGS)}.")
     in_file = 1 if sharding == "none" else cluster.num_processes
     count = in_file if processes is None else processes
     return Layout(count, "none" if sharding == "ddp" and count == 1 else sharding)
 
 
-def make_plan(
-    script: CPPOScriptArguments,
-    config: CPPOConfig,
-    model: ModelConfig,
-    mixture: DatasetMixtureConfig,
-    layout: Layout,
-    gpu_memory_gb: float | None = None,
-) -> Plan:
-    """Check a parsed recipe against a layout and, where given, the memory of a GPU (a card's GB are GiB)."""
-    shape = known_shape(model.model_name_or_path)
-    plan = Plan(config, layout, _rows(script, config, model, layout, shape))
-    plan.notes += _missing_here(script, config, mixture, layout)
-    plan.problems += _problems(script, config, model, layout, shape)
-    if shape is None:
-        plan.notes.append(
-            f"memory is not estimated: the shape of {model.model_name_or_path!r} is neither in "
-            "cppo_trl.launch.memory nor in a local directory"
-        )
-    elif model.load_in_4bit or model.load_in_8bit:
-        plan.notes.append("memory is not estimated: the weights are quantised")
-    elif model.use_peft and shape.experts:
-        plan.notes.append("memory is not estimated: adapters on a mixture of experts")
-    else:
-        plan.memory = _estimate(config, model, layout, shape, gpu_memory_gb)
-        plan.problems += _memory_problems(plan.memory, config, shape, gpu_memory_gb)
-    return plan
-
-
-def known_shape(name: str | None) -> ModelShape | None:
-    """The shape of a model of the table, or of a local directory with a ``config.json``; else None."""
-    if name in MODEL_SHAPES:
-        return MODEL_SHAPES[name]
-    if name is None or not os.path.exists(os.path.join(name, "config.json")):
+def architecture_of(name: str | None) -> PretrainedConfig | None:
+    """The architecture in a model's ``config.json``, local or on the Hub; None where it cannot be read."""
+    try:
+        return AutoConfig.from_pretrained(name or "").get_text_config()
+    except (OSError, ValueError):
         return None
-    config = AutoConfig.from_pretrained(name).get_text_config()
-    experts = getattr(config, "num_experts", 0)
-    return ModelShape(
-        hidden=config.hidden_size,
-        layers=config.num_hidden_layers,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        feed_forward=config.moe_intermediate_size if experts else config.intermediate_size,
-        vocabulary=config.vocab_size,
-        context=config.max_position_embeddings,
-        tied=config.tie_word_embeddings,
-        experts=experts,
-        active_experts=config.num_experts_per_tok if experts else 0,
-    )
 
 
-def responses_per_update(config: CPPOConfig, layout: Layout) -> int:
-    """Responses of one optimizer step, over all processes."""
-    return config.per_device_train_batch_size * layout.processes * config.gradient_accumulation_steps
+def count_parameters(architecture: PretrainedConfig, model: ModelConfig) -> tuple[int, int]:
+    """Parameters in all and those that are trained, counted on a model without storage."""
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(architecture)
+        if not model.use_peft:
+            return made.num_parameters(), made.num_parameters()
+        trained, total = get_peft_model(made, get_peft_config(model)).get_nb_trainable_parameters()
+    return total, trained
 
 
-def prompt_tokens(config: CPPOConfig) -> int:
-    """Tokens that are left for the prompt."""
-    length = config.vllm_max_model_length if config.use_vllm else None
-    return length - config.max_completion_length if length else PROMPT_TOKENS
+def state_bytes(total: int, trained: int, layout: Layout, weight_bytes: int) -> float:
+    """Bytes of weights, gradients and AdamW's moments in one process.
+
+    One process holds the frozen weights as they are stored and 16 bytes for each trained parameter (fp32 weight,
+    gradient and two moments); DDP's buckets are a further fp32 copy of the gradients; FSDP2 shards all of it.
+    DeepSpeed computes with bf16 weights, which only ZeRO-3 shards, and shards 14 bytes for each trained parameter.
+    """
+    if layout.sharding.startswith("zero"):
+        weights = 2.0 * total / (layout.processes if layout.sharding == "zero3" else 1)
+        return weights + 14.0 * trained / layout.processes
+    held = weight_bytes * (total - trained) + (20.0 if layout.sharding == "ddp" else 16.0) * trained
+    return held / layout.processes if layout.sharding == "fsdp2" else held
 
 
 def _rows(
-    script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, layout: Layout, shape: ModelShape | None
+    script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig, layout: Layout
 ) -> dict[str, str]:
-    responses, per_update = config.generation_batch_size, responses_per_update(config, layout)
-    size = f", {shape.parameters / 1e9:.2f} B parameters, context {shape.context}" if shape else ""
-    method = f"LoRA, rank {model.lora_r}" if model.use_peft else "all weights trained"
-    engine = "transformers generation"
-    if config.use_vllm and config.vllm_mode == "server":
-        engine = f"vLLM server at {config.vllm_server_base_url or config.vllm_server_host}"
-    elif config.use_vllm:
-        engine = (
-            f"vLLM colocated, {config.vllm_gpu_memory_utilization:g} of each GPU, tensor parallel over "
-            f"{config.vllm_tensor_parallel_size}, sleep mode {'on' if config.vllm_enable_sleep_mode else 'off'}"
-        )
-    rate = f"learning rate {config.learning_rate:g} ({config.lr_scheduler_type.value})"
+    batch, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
     updates = f"{config.max_steps} updates = {config.max_steps / config.updates_per_rollout:g} rollouts"
+    engine = f"vLLM ({config.vllm_mode})" if config.use_vllm else "transformers generation"
+    most = config.generation_batch_size * config.max_completion_length
     return {
-        "model": f"{model.model_name_or_path}{size}; {method}, {model.dtype or 'float32'} weights",
-        "data": f"{script.dataset_name}, split {script.dataset_train_split}",
+        "model": f"{model.model_name_or_path}, {model.dtype or 'float32'} weights, "
+        + (f"LoRA of rank {model.lora_r}" if model.use_peft else "all of them trained"),
+        "data": f"{', '.join(dataset_names(script, mixture))}, split {script.dataset_train_split}",
         "processes": f"{layout.processes} ({layout.sharding})",
         **config.schedule(),
-        "an update": f"{per_update / config.num_generations:g} prompts x {config.num_generations} responses = "
-        f"{per_update} ({config.per_device_train_batch_size} x {layout.processes} processes x "
-        f"{config.gradient_accumulation_steps} accumulated)",
+        "an update": f"{batch * layout.processes * accumulated} responses, shuffled over the rollout's prompts "
+        f"({batch} x {layout.processes} processes x {accumulated} accumulated)",
         "run": updates if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs",
-        "tokens per rollout": f"at most {responses * config.max_completion_length:,} sampled, "
-        f"{config.max_completion_length:,} a response at temperature {config.temperature:g}",
-        "rollouts by": engine,
-        "optimizer": f"{config.optim.value}, {rate}, weight decay {config.weight_decay:g}, "
-        f"gradient norm {config.max_grad_norm:g}",
+        "rollouts by": f"{engine}, at most {most:,} tokens, temperature {config.temperature:g}",
+        "learning rate": f"{config.learning_rate:g} ({config.lr_scheduler_type.value}), {config.optim.value}",
     }
 
 
 def _missing_here(
-    script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig, layout: Layout
+    config: CPPOConfig, mixture: DatasetMixtureConfig, script: CPPOScriptArguments, layout: Layout
 ) -> list[str]:
-    """What the run needs and this machine lacks: no fault of the recipe."""
-    bf16_here = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """What the run needs and is missing on this machine only."""
     wanted = {"vllm": config.use_vllm, "deepspeed": layout.sharding.startswith("zero")}
     wanted |= dict.fromkeys(config.report_to, True)
-    notes = [f"{name} is not installed here" for name, needed in wanted.items() if needed and not _installed(name)]
-    if config.bf16 and not config.use_cpu and not bf16_here:
+    notes = [f"{name} is not installed here" for name, needed in wanted.items() if needed and not find_spec(name)]
+    if config.bf16 and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
         notes.append("bf16=true, which no GPU here supports: the machine that trains must")
-    if not mixture.datasets and not os.path.exists(script.dataset_name or ""):
-        notes.append(
-            f"dataset_name={script.dataset_name!r} is no directory here: sought on the Hub, or made by prepare_data.py"
-        )
-    if not config.updates_per_rollout.is_integer():
-        notes.append(f"{config.updates_per_rollout:g} updates per rollout: some updates span two rollouts")
+    for name in dataset_names(script, mixture):
+        if not os.path.exists(name):
+            notes.append(f"dataset {name!r} is not on this machine: on the Hub, or to be made by prepare_data.py")
     return notes
 
 
-def _installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _problems(
-    script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, layout: Layout, shape: ModelShape | None
-) -> list[str]:
-    problems = []
-    for path in script.reward_funcs:
+def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
+    """What `train` would refuse, as far as it is known without the Hub."""
+    checks: list[partial[Any]] = [partial(import_reward, path) for path in script.reward_funcs]
+    checks.append(partial(checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))
+    if all(map(os.path.exists, dataset_names(script, mixture))):
+        checks.append(partial(load_data, script, config, mixture))
+    for check in checks:
         try:
-            import_reward(path)
+            check()
         except ValueError as error:
-            problems.append(str(error))
-    length = config.vllm_max_model_length
-    if config.use_vllm and length is not None and config.max_completion_length >= length:
-        problems.append(
-            f"vllm_max_model_length={length} leaves no room for a prompt beside max_completion_length="
-            f"{config.max_completion_length}"
-        )
-    if shape and (needed := max(length or 0, config.max_completion_length + 1)) > shape.context:
-        problems.append(f"{needed} tokens exceed the model's context of {shape.context}: lower max_completion_length")
-    if config.use_vllm and config.vllm_mode == "colocate":
-        parallel = config.vllm_tensor_parallel_size
-        if layout.processes % parallel:
-            problems.append(f"vllm_tensor_parallel_size={parallel} does not divide {layout.processes} processes")
-        if shape and shape.heads % parallel:
-            problems.append(f"vllm_tensor_parallel_size={parallel} does not divide {shape.heads} attention heads")
+            yield str(error)
+
+
+def _conflicts(
+    config: CPPOConfig, model: ModelConfig, layout: Layout, architecture: PretrainedConfig | None
+) -> Iterator[str]:
+    """Settings that exclude each other, the model, or the layout."""
+    length, completion = config.vllm_max_model_length, config.max_completion_length
+    if config.use_vllm and length is not None and completion >= length:
+        yield f"vllm_max_model_length={length} leaves no room for a prompt beside max_completion_length={completion}"
     if config.use_vllm and layout.sharding == "zero3" and not config.ds3_gather_for_generation:
-        problems.append("ds3_gather_for_generation=false cannot be combined with vLLM: set it to true")
+        yield "ds3_gather_for_generation=false cannot be combined with vLLM: set it to true"
     if not model.model_name_or_path:
-        problems.append("model_name_or_path must name a model on the Hub or a local directory")
-    if model.use_peft and config.cast_lm_head_to_fp32 and shape and shape.tied:
-        problems.append(
-            "cast_lm_head_to_fp32=true: TRL 1.16 fails on it with LoRA where the LM head is the embedding; set it to "
-            "false"
-        )
-    return problems
-
-
-def _estimate(
-    config: CPPOConfig, model: ModelConfig, layout: Layout, shape: ModelShape, gpu_memory_gb: float | None
-) -> Memory:
-    adapters = shape.lora_parameters(model.lora_r, model.lora_target_modules) if model.use_peft else 0
-    work = Workload(
-        rows=config.per_device_train_batch_size,
-        rollout_rows=math.ceil(config.generation_batch_size / layout.processes),
-        prompt_tokens=prompt_tokens(config),
-        completion_tokens=config.max_completion_length,
-        weight_bytes=2 if model.dtype in ("bfloat16", "float16", "auto") else 4,
-        lora_parameters=adapters,
-        checkpointing=config.gradient_checkpointing,
-        fp32_head=config.cast_lm_head_to_fp32,
-        topk=config.cppo_topk if config.uses_topk else 0,
-    )
-    engine = None
-    if config.use_vllm and config.vllm_mode == "server":
-        engine = 0.0
-    elif config.use_vllm:
-        engine = vllm_minimum(shape, config.vllm_tensor_parallel_size, work.tokens)
-        if gpu_memory_gb:
-            engine = config.vllm_gpu_memory_utilization * gpu_memory_gb * GIB
-    return estimate(
-        shape, layout, work, engine=engine, engine_stays=config.use_vllm and not config.vllm_enable_sleep_mode
-    )
-
-
-def _memory_in_words(memory: Memory) -> dict[str, str]:
-    def parts(sizes: dict[str, float]) -> str:
-        return ", ".join(f"{name} {size / GIB:.1f}" for name, size in sizes.items())
-
-    return {
-        "GiB of a GPU, estimated": f"{memory.peak / GIB:.0f} ({memory.update_peak / GIB:.0f} in an update, "
-        f"{memory.rollout_peak / GIB:.0f} in a rollout)",
-        "  states": parts(memory.states),
-        "  update": parts({**memory.update, "kept rollout": memory.rollout}),
-        "  other": parts({"generation": memory.engine, "CUDA context and workspaces": OVERHEAD}),
-    }
-
-
-def _memory_problems(memory: Memory, config: CPPOConfig, shape: ModelShape, gpu_memory_gb: float | None) -> list[str]:
-    if gpu_memory_gb is None:
-        return []
-    problems = []
-    generating = "vllm_gpu_memory_utilization" if config.use_vllm else "generation_batch_size (or use vLLM)"
-    for what, peak, mend in (
-        ("an update", memory.update_peak, "per_device_train_batch_size, or turn vllm_enable_sleep_mode on"),
-        ("a rollout", memory.rollout_peak, generating),
-    ):
-        if peak > gpu_memory_gb * GIB:
-            problems.append(
-                f"{what} needs about {peak / GIB:.0f} GiB of {gpu_memory_gb:g}: shard over more GPUs, use LoRA, or "
-                f"lower {mend}"
-            )
-    if config.use_vllm and config.vllm_mode == "colocate":
-        parallel, tokens = config.vllm_tensor_parallel_size, prompt_tokens(config) + config.max_completion_length
-        needed = vllm_minimum(shape, parallel, tokens)
-        if memory.engine < needed:
-            problems.append(
-                f"vLLM needs at least {needed / GIB:.1f} GiB of each GPU: raise vllm_gpu_memory_utilization above "
-                f"{needed / GIB / gpu_memory_gb:.2f}"
-            )
-    return problems
+        yield "model_name_or_path must name a model on the Hub or a local directory"
+    parallel = config.vllm_tensor_parallel_size if config.use_vllm and config.vllm_mode == "colocate" else 1
+    if layout.processes % parallel:
+        yield f"vllm_tensor_parallel_size={parallel} does not divide {layout.processes} processes"
+    if architecture is None:
+        return
+    context, heads = architecture.max_position_embeddings, architecture.num_attention_heads
+    if (needed := max(length or 0, completion + 1)) > context:
+        yield f"{needed} tokens exceed the model's context of {context}: lower max_completion_length"
+    if heads % parallel:
+        yield f"vllm_tensor_parallel_size={parallel} does not divide {heads} attention heads"
+    if model.use_peft and config.cast_lm_head_to_fp32 and architecture.tie_word_embeddings:
+        yield "cast_lm_head_to_fp32=true: TRL 1.16 fails on it with LoRA where the LM head is the embedding; set false"

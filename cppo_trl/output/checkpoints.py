@@ -1,13 +1,12 @@
-"""Checkpoints that a run can go on from, and a clear end where one cannot be written."""
+"""Checkpoints that a run can resume from, and a clear end where one cannot be written."""
 
 import json
 import shutil
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
@@ -18,40 +17,36 @@ _WEIGHTS = ("*.safetensors", "*model*.bin", "*/*.distcp", "global_step*/*.pt")  
 
 
 class RunError(RuntimeError):
-    """A run ends before its time; the message says what is kept, where, and what to do."""
+    """A run stops early; the message says what is kept, where, and what to do."""
 
 
 def defect(checkpoint: Path) -> str | None:
     """What a checkpoint lacks, or None if it is complete.
 
     Transformers writes the weights, then optimizer, scheduler and random states, and ``trainer_state.json`` last.
-    Files that a full disk or a crash of the machine cut short are found by the sizes and directories that they hold
-    themselves, without reading the weights.
+    Files that a full disk or a crash cut off are recognized by the sizes and directories that they contain, without
+    reading the weights.
     """
     if not (checkpoint / "trainer_state.json").exists():
         return "trainer_state.json, which is written last, is missing"
     if not any(any(checkpoint.glob(pattern)) for pattern in _WEIGHTS):
         return "the weights are missing"
     for path in sorted(checkpoint.rglob("*")):
-        if _is_cut_short(path):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, framework="pt"):
+                    pass
+            elif path.suffix in {".bin", ".pt", ".pth"}:  # as torch.save writes
+                ZipFile(path).close()
+        except (ValueError, SafetensorError, BadZipFile):
             return f"{path.name} is cut short"
     for index in checkpoint.glob("*.index.json"):
         shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if missing := sorted(shard for shard in shards if not (checkpoint / shard).exists()):
             return f"{missing[0]} is missing"
     return None
-
-
-def _is_cut_short(path: Path) -> bool:
-    try:
-        if path.suffix == ".json":
-            json.loads(path.read_text(encoding="utf-8"))
-        elif path.suffix == ".safetensors":
-            with safe_open(path, framework="pt"):
-                pass
-    except (ValueError, SafetensorError):
-        return True
-    return path.suffix in {".bin", ".pt", ".pth"} and not zipfile.is_zipfile(path)  # as torch.save writes
 
 
 def last_checkpoint(output_dir: str) -> tuple[Path | None, list[str]]:
@@ -67,25 +62,27 @@ def last_checkpoint(output_dir: str) -> tuple[Path | None, list[str]]:
 
 
 def checkpoint_to_resume(output_dir: str, resume: str | bool | None, main_process: bool) -> str | None:
-    """The checkpoint to go on from, or None to start anew; what was chosen is printed.
+    """The checkpoint to resume from, or None to start from scratch; the choice is printed.
 
     Args:
-        output_dir: of the run.
-        resume: ``resume_from_checkpoint``: True for the last complete checkpoint in ``output_dir``, and a new start
-            where there is none, so that one command serves before and after an interruption; or a checkpoint's path.
+        output_dir: directory of the run.
+        resume: ``resume_from_checkpoint``: a checkpoint's path, or True for the last complete checkpoint in
+            ``output_dir`` and a fresh start where there is none, so that the same command works before and after an
+            interruption.
         main_process: whether this process prints.
 
     Raises:
-        ValueError: if the named checkpoint is incomplete, or if the run would begin anew in a directory that holds
-            checkpoints of an earlier one: a later resume could not tell them from its own.
+        ValueError: if the named checkpoint is missing or incomplete, or if a run without ``resume`` would start in a
+            directory that holds checkpoints of an earlier one: a later resume could not tell them from its own.
     """
     if isinstance(resume, str) and resume.lower() in ("true", "false"):  # from the command line
         resume = resume.lower() == "true"
     if isinstance(resume, str):
         if wrong := defect(Path(resume)):
+            state = f"is incomplete: {wrong}" if Path(resume).is_dir() else "does not exist"
             raise ValueError(
-                f"resume_from_checkpoint={resume!r} is incomplete: {wrong}. Set it to true for the last complete "
-                "checkpoint in output_dir."
+                f"resume_from_checkpoint={resume!r} {state}. Set it to true for the last complete checkpoint in "
+                "output_dir."
             )
         return resume
     last, skipped = last_checkpoint(output_dir)
@@ -93,24 +90,28 @@ def checkpoint_to_resume(output_dir: str, resume: str | bool | None, main_proces
         if last is not None:
             raise ValueError(
                 f"output_dir={output_dir!r} holds {last.name} of an earlier run. Set resume_from_checkpoint to true "
-                "to go on with it, or another output_dir to begin anew."
+                "to continue it, or choose another output_dir."
             )
         return None
     if main_process:
-        chosen = f"Resuming from {last}" if last else f"No complete checkpoint in {output_dir}: training starts anew"
+        chosen = (
+            f"Resuming from {last}"
+            if last
+            else f"No complete checkpoint in {output_dir}: training starts from scratch"
+        )
         print("\n".join([*skipped, chosen]))
     return None if last is None else str(last)
 
 
 class TrainingFinished(Exception):  # noqa: N818
-    """The checkpoint that training would go on from is that of its last update."""
+    """The checkpoint to resume from is that of the last update."""
 
 
 class ExactResume(TrainerCallback):
-    """Mends two things of a resume, once weights, optimizer and state are loaded.
+    """Fixes two problems of a resume, once weights, optimizer and state are loaded.
 
-    TRL's sampler draws the order of an epoch when the epoch begins, so a resume in the third would walk in the order
-    of the first. And transformers makes at least one update, also where none is left.
+    TRL's sampler draws the order of an epoch when the epoch begins, so a run resumed in its third epoch would follow
+    the order of the first. And transformers makes at least one update, even where none is left.
 
     Raises:
         TrainingFinished: if no update is left.
@@ -119,40 +120,26 @@ class ExactResume(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
         """Called by the trainer."""
         if 0 < args.max_steps <= state.global_step:
-            raise TrainingFinished
+            raise TrainingFinished(f"All {args.max_steps} updates are made: there is nothing left to train.")
         sampler = train_dataloader.batch_sampler
-        while hasattr(sampler, "batch_sampler"):  # a process's share
+        while hasattr(sampler, "batch_sampler"):  # of a process's shard
             sampler = sampler.batch_sampler
         if isinstance(getattr(sampler, "sampler", None), RepeatSampler):  # a streamed dataset has none
             for _ in range(int(state.epoch or 0)):
                 next(iter(sampler.sampler))
 
 
-def require_writable(output_dir: str) -> None:
-    """Make ``output_dir`` and write a file in it.
-
-    Raises:
-        ValueError: if that is impossible.
-    """
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=output_dir) as file:  # each process its own
-            file.write(b"x" * 4096)
-    except OSError as error:
-        raise ValueError(f"output_dir={output_dir!r} cannot be written to ({error}). Name another.") from error
-
-
 @contextmanager
 def saving(output_dir: str, unfinished: Path | None = None, main_process: bool = True) -> Iterator[None]:
-    """Turn a failure to save into the end of the run that says which checkpoint is left.
+    """Turn a failure to save into a `RunError` that names the last complete checkpoint.
 
     Args:
-        output_dir: of the run.
-        unfinished: the checkpoint being written; the main process removes what there is of it.
+        output_dir: directory of the run.
+        unfinished: the checkpoint being written, whose remains the main process removes.
         main_process: whether this process is the main one.
 
     Raises:
-        RunError: if what is inside fails with an error of the system, safetensors or torch.
+        RunError: if the body raises an error of the operating system, safetensors or torch.
     """
     try:
         yield
@@ -165,6 +152,6 @@ def saving(output_dir: str, unfinished: Path | None = None, main_process: bool =
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
         free = shutil.disk_usage(output_dir).free / 2**20
         raise RunError(
-            f"Saving {unfinished or output_dir} failed: {error} ({free:.0f} MiB are free there). {kept}. Make room, "
+            f"Saving {unfinished or output_dir} failed: {error} ({free:.0f} MiB free). {kept}. Free some space, "
             "then repeat the command with --resume_from_checkpoint true."
         ) from error

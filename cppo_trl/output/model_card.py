@@ -1,87 +1,79 @@
-"""What CPPO adds to TRL's model card: the rule, the run that made the model, its curves and its evaluation."""
+"""What CPPO adds to TRL's model card: the rule, the run that made the model, its curves, and callbacks' sections."""
 
-import platform
+import os
 import re
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 
-import cppo_trl
+from huggingface_hub import ModelCard
+from transformers import Trainer
+
+from cppo_trl.output.run_files import command_line, versions
 
 CURVES = "curves.png"
-_PACKAGES = {"Accelerate": "accelerate", "PEFT": "peft", "Math-Verify": "math-verify", "vLLM": "vllm"}
 
 
-def command_line(argv: Sequence[str]) -> str:
-    """The command of this process, without the value of any token."""
-    return re.sub(r"(--\w*token[= ])\S+", r"\1***", shlex.join([Path(sys.executable).name, *argv]))
+def complete_card(trainer: Trainer) -> None:
+    """Complete the ``README.md`` that TRL has written to ``output_dir``; for the main process.
 
-
-def complete_card(
-    card: Path,
-    *,
-    rule: Mapping[str, str],
-    base_model: str,
-    datasets: Sequence[str],
-    processes: int,
-    command: str | None,
-    evaluation_table: str | None,
-    plain_prompt: str | None,
-) -> None:
-    """Add sections to a card written by TRL, and mend what it says of local models.
-
-    Args:
-        card: path of the card (``README.md``); curves beside it are shown.
-        rule: rows of the rule's table, name to text.
-        base_model: name on the Hub or a local path; empty for a model made in memory.
-        datasets: names on the Hub or local paths.
-        processes: processes that trained.
-        command: what was run, or None where that is not known.
-        evaluation_table: markdown, or None where nothing was evaluated.
-        plain_prompt: an example where prompts are plain text, for the card's own example would chat.
+    Sections are added for the rule (``trainer.args.schedule()``), the run, the curves where ``curves.png`` is there,
+    and those that callbacks return: a callback may have a method ``card_sections() -> dict[str, str]``, title to
+    markdown. The license is that of the base model where its card is at hand.
     """
-    text = card.read_text(encoding="utf-8")
-    # TRL names a base model that is not on the Hub "None", with a link
-    local = f"the local model `{base_model}`" if base_model else "a model made in memory"
-    text = text.replace("a fine-tuned version of [None](https://huggingface.co/None)", f"fine-tuned from {local}")
-    text = text.replace('model="None"', f'model="{card.parent}"')
-    if plain_prompt is not None:
-        text = re.sub(r'^question = ".*"$', lambda _: f"question = {plain_prompt!r}", text, flags=re.MULTILINE)
-        text = text.replace('generator([{"role": "user", "content": question}]', "generator(question")
-    run = {"base model": _link(base_model, "")} if base_model else {}
-    if datasets:
-        run["dataset"] = ", ".join(_link(name, "datasets/") for name in datasets)
-    run["processes"] = str(processes)
-    sections = [_section("Trust region", _table(rule)), _section("Run", _table(run))]
-    if command:
-        sections.append(f"```bash\n{command}\n```\n")
-    if (card.parent / CURVES).exists():
-        sections.append(_section("Training curves", f"![Training curves]({CURVES})"))
-    if evaluation_table:
-        sections.append(_section("Evaluation", evaluation_table.strip()))
-    head, marker, tail = text.partition("### Framework versions\n\n")
-    card.write_text("\n".join([head.rstrip() + "\n", *sections, marker + _versions() + tail]), encoding="utf-8")
+    path = Path(trainer.args.output_dir, "README.md")
+    card = ModelCard.load(path)
+    base_model = trainer.model.config._name_or_path
+    card.data.license = _license(base_model)
+    run = {"base model": link(base_model)} if base_model else {}
+    run |= {"processes": str(trainer.accelerator.num_processes), "command": f"`{command_line(sys.argv)}`"}
+    run["versions"] = ", ".join(f"{name} {text}" for name, text in versions().items())
+    sections = {"Trust region": _table(trainer.args.schedule()), "Run": _table(run)}
+    if (path.parent / CURVES).exists():
+        sections["Training curves"] = f"![Training curves]({CURVES})"
+    for callback in trainer.callback_handler.callbacks:
+        if hasattr(callback, "card_sections"):
+            sections |= callback.card_sections()
+    added = "".join(f"### {title}\n\n{body.strip()}\n\n" for title, body in sections.items())
+    text = _without_missing_names(card.text, base_model, path.parent, trainer.hub_model_id)
+    prompt = next(iter(trainer.train_dataset)).get("prompt")
+    if isinstance(prompt, str):  # the example would chat
+        text = re.sub(r'^question = ".*"$', lambda _: f"question = {prompt!r}", text, flags=re.MULTILINE)
+        text = _amend(text, 'generator([{"role": "user", "content": question}]', "generator(question")
+    card.text = _amend(text, "### Framework versions", f"{added}### Framework versions")
+    card.save(path)
 
 
-def _section(title: str, body: str) -> str:
-    return f"### {title}\n\n{body}\n"
+def link(name: str, kind: str = "") -> str:
+    """A model's name, or with ``kind="datasets/"`` a dataset's, as markdown: a link to the Hub unless it is local."""
+    return f"`{name}` (local)" if Path(name).exists() else f"[{name}](https://huggingface.co/{kind}{name})"
+
+
+def _without_missing_names(text: str, base_model: str, output_dir: Path, hub_model_id: str | None) -> str:
+    """TRL's text says None for a base model or a repository that is not on the Hub."""
+    if not base_model or os.path.isdir(base_model):
+        name = f"the local model `{base_model}`" if base_model else "a model made in memory"
+        none = "a fine-tuned version of [None](https://huggingface.co/None)"
+        text = _amend(text, none, f"fine-tuned from {name}")
+    return text if hub_model_id else _amend(text, 'model="None"', f'model="{output_dir}"')
+
+
+def _amend(text: str, old: str, new: str) -> str:
+    if old not in text:
+        warnings.warn(
+            f"TRL's model card no longer says {old!r}, so cppo_trl does not complete that part.", stacklevel=2
+        )
+    return text.replace(old, new)
+
+
+def _license(base_model: str) -> str | None:
+    readme = Path(base_model, "README.md")
+    try:
+        return ModelCard.load(readme if readme.is_file() else base_model).data.license
+    except (OSError, ValueError):  # no card, no network, no such repository
+        return None
 
 
 def _table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows.items())])
-
-
-def _link(name: str, kind: str) -> str:
-    return f"`{name}` (local)" if Path(name).exists() else f"[{name}](https://huggingface.co/{kind}{name})"
-
-
-def _versions() -> str:
-    rows = {"CPPO-TRL": cppo_trl.__version__, "Python": platform.python_version()}
-    for name, package in _PACKAGES.items():
-        try:
-            rows[name] = version(package)
-        except PackageNotFoundError:
-            continue
-    return "".join(f"- {name}: {text}\n" for name, text in rows.items())

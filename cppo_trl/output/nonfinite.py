@@ -37,7 +37,7 @@ def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
 def require_finite(accelerator: Accelerator, model: torch.nn.Module, update: int) -> None:
     """Refuse weights that are not finite, so that no checkpoint holds any; waits for the device.
 
-    Each process looks at its own share of the weights, under FSDP2 and DeepSpeed's ZeRO-3 as well; to be called on all.
+    To be called on all processes; each looks at its own share of the weights, under FSDP2 and ZeRO-3 as well.
 
     Raises:
         RunError: on all processes, if a weight of any of them is NaN or infinite.

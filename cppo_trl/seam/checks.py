@@ -84,6 +84,31 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
+def require_rows(dataset: Any, config: CPPOConfig) -> None:
+    """Refuse a run that would make no update.
+
+    TRL takes whole rollouts from the dataset, so one with fewer rows than a rollout has prompts trains for zero steps.
+    A dataset without a length (a streamed one) is not checked.
+
+    Args:
+        dataset: the training data, a row per prompt.
+        config: the trainer's.
+
+    Raises:
+        ValueError: if there are fewer rows than prompts in a rollout, or the updates or epochs are zero.
+    """
+    if config.max_steps == 0:
+        raise ValueError("max_steps=0 makes no update: set a number of updates, or -1 for num_train_epochs.")
+    if config.max_steps < 0 and config.num_train_epochs <= 0:
+        raise ValueError(f"num_train_epochs={config.num_train_epochs:g} makes no update: set max_steps or raise it.")
+    prompts = config.generation_batch_size // config.num_generations
+    if hasattr(dataset, "__len__") and len(dataset) < prompts:
+        raise ValueError(
+            f"The training data has {len(dataset)} rows and a rollout takes {prompts} prompts, so no update would be "
+            f"made: add data, or lower generation_batch_size={config.generation_batch_size} (responses)."
+        )
+
+
 def check_model(config: CPPOConfig, model: PreTrainedModel) -> None:
     """Warn of dropout that stays on, and refuse a K that the vocabulary does not have.
 

@@ -1,41 +1,20 @@
+import copy
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
+from dataclasses import asdict
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cppo_trl.data import arithmetic
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
+from cppo_trl.launch.plan import dry_run
 from cppo_trl.launch.training import parse_arguments, train
-from tests.conftest import tiny_model
-
-ROOT = Path(__file__).parents[2]
-RECIPE = str(ROOT / "configs/quickstart/cppo.yaml")
-
-
-def launch(*command, **environment):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-
-
-@pytest.fixture
-def task(tmp_path):
-    tiny_model().save_pretrained(tmp_path / "model")
-    arithmetic.tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "data").mkdir()
-    arithmetic.problems(32, 3, 0).to_json(tmp_path / "data/train.jsonl")
-    return tmp_path
-
-
-def small_run(task):
-    fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
-    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
-    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+from tests.conftest import RECIPE, ROOT, launch, small_run, tiny_data
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -104,12 +83,78 @@ def test_yaml_null_and_inf_reach_the_rule(tmp_path):
     [
         (["--reward_funcs", "cppo_trl.rewards.no_such_reward"], "reward_funcs: cannot import"),
         (["--dataset_train_split", "nope"], "no split 'nope'"),
+        (["--dataset_name", "{task}/empty"], "cannot read '{task}/empty'"),
+        (["--num_generations", "2", "--per_device_train_batch_size", "32"], "32 rows and a rollout takes 64 prompts"),
+        (["--max_steps", "0"], "max_steps=0 makes no update"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "num_train_epochs=0 makes no update"),
     ],
 )
-def test_mistakes_in_a_run_are_named(task, arguments, message):
-    result = launch(ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr
+def test_what_cannot_train_is_refused_before_a_model_is_loaded(task, arguments, message):
+    (task / "empty").mkdir()
+    (task / "empty/train.jsonl").touch()
+    arguments = [argument.format(task=task) for argument in arguments]
+    fields = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model", *arguments]
+    with pytest.raises(ValueError, match=re.escape(message.format(task=task))):
+        train(*parse_arguments(fields))
+    plan = dry_run(fields)
+    assert any(message.format(task=task) in problem for problem in plan.problems)
+    assert not (task / "out/README.md").exists()
+
+
+def test_a_trainer_with_too_few_rows_is_refused(make_trainer):
+    fields = {"per_device_train_batch_size": 8, "steps_per_generation": 4, "num_generations": 4}  # 8 prompts
+    with pytest.raises(ValueError, match="has 7 rows and a rollout takes 8 prompts"):
+        make_trainer(data=tiny_data(7), **fields)
+    with pytest.raises(ValueError, match="has 0 rows"):
+        make_trainer(data=tiny_data(8).select([]), **fields)
+    make_trainer(data=tiny_data(8), max_steps=1, **fields).train()
+    make_trainer(data=tiny_data(8).to_iterable_dataset(), **fields)  # of no known length
+
+
+def test_a_second_run_in_the_same_directory_is_refused(task):
+    fields = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model"]
+    hold = f"import fcntl; f = open({str(task / 'out/_lock')!r}, 'w'); f.write('process 1 on x'); f.flush(); "
+    hold += "fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    (task / "out").mkdir()
+    first = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    first.stdout.readline()
+    with pytest.raises(ValueError, match=r"output_dir=.* is in use by process 1 on x\. Wait for it"):
+        train(*parse_arguments(fields))
+    first.communicate(b"\n")
+    with pytest.raises(OSError, match="couldn't connect to"):  # the lock is free: on to the model
+        train(*parse_arguments(fields))
+
+
+def test_train_leaves_its_arguments_as_they_are(task):
+    arguments = parse_arguments(["--config", RECIPE, *small_run(task), "--dtype", "float32"])
+    before = [copy.deepcopy(asdict(argument)) for argument in arguments]
+    trainer = train(*arguments)
+    assert trainer.args.model_init_kwargs["dtype"] == "float32"
+    for argument, as_it_was in zip(arguments, before, strict=True):
+        assert [name for name, value in asdict(argument).items() if value != as_it_was[name]] == []
+
+
+def test_a_script_ends_in_one_line(task):
+    result = launch(ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), "--dataset_train_split", "nope")
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("train.py: The dataset has no split 'nope'")
+    assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_ends_a_run_with_the_command_to_resume(task):
+    command = [sys.executable, ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task)]
+    command += ["--max_steps", "4000", "--save_strategy", "steps", "--save_steps", "4"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+    while not list((task / "out").glob("checkpoint-*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in printed
+    assert "train.py: interrupted. Repeat the command with --resume_from_checkpoint true" in printed
 
 
 def test_quickstart_end_to_end_keeps_an_earlier_run(tmp_path):

@@ -9,9 +9,8 @@ import pytest
 from transformers import TrainerCallback
 
 from cppo_trl.launch.training import parse_arguments, train
-from cppo_trl.output.checkpoints import ExactResume, RunError, TrainingFinished, checkpoint_to_resume, last_checkpoint
-from tests.conftest import digit_reward, tiny_data
-from tests.launch.test_scripts import RECIPE, ROOT, small_run, task  # noqa: F401 (a fixture)
+from cppo_trl.output.checkpoints import RunError, TrainingFinished, checkpoint_to_resume, last_checkpoint
+from tests.conftest import RECIPE, ROOT, digit_reward, small_run, tiny_data
 
 
 class DeathError(Exception):
@@ -55,6 +54,8 @@ def test_incomplete_checkpoints_are_skipped_by_name(make_trainer, tmp_path, caps
     assert f"Resuming from {good}" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"resume_from_checkpoint=.* is incomplete: model\.safetensors is cut short"):
         checkpoint_to_resume(str(tmp_path), str(last), True)
+    with pytest.raises(ValueError, match="resume_from_checkpoint='nowhere' does not exist"):
+        checkpoint_to_resume(str(tmp_path), "nowhere", True)
     with pytest.raises(ValueError, match="holds checkpoint-2 of an earlier run"):
         checkpoint_to_resume(str(tmp_path), None, True)
 
@@ -78,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, tmp_path, died):
             max_steps=16,
             save_strategy="steps",
             save_steps=4,
-            trainer={"callbacks": [ExactResume(), *callbacks]},
+            trainer={"callbacks": list(callbacks)},
         )
         trainer.train(resume_from_checkpoint=resume)
         timings = {"step_time", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
@@ -96,7 +97,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, tmp_path, died):
         run("whole", resume=str(tmp_path / "whole/checkpoint-16"))
 
 
-def test_kill_9_and_the_same_command_again(task):  # noqa: F811
+def test_kill_9_and_the_same_command_again(task):
     def arguments(out, *more):
         fields = {"output_dir": task / out, "max_steps": 16, "save_strategy": "steps", "save_steps": 4}
         fields |= {"save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0}

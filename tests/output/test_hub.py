@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
-from cppo_trl.output.model_card import command_line
-from tests.launch.test_scripts import RECIPE, ROOT, launch, small_run, task  # noqa: F401 (a fixture)
+from cppo_trl.output.model_card import link
+from cppo_trl.output.run_files import command_line
+from tests.conftest import RECIPE, ROOT, launch, small_run
 from tests.output.hub_server import running_hub
 
 
@@ -38,7 +39,7 @@ def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
     assert hub.messages == ["End of training"]  # one upload of everything
     hub.write("user/tiny", tmp_path / "clone")
     uploaded, local = tmp_path / "clone", tmp_path / "run"
-    assert {p.name for p in uploaded.iterdir()} == {p.name for p in local.iterdir()}
+    assert {p.name for p in uploaded.iterdir()} == {p.name for p in local.iterdir()} - {"_lock"}
     AutoModelForCausalLM.from_pretrained(uploaded)
     assert AutoTokenizer.from_pretrained(uploaded).decode([2]) == "0"
     weights = load_file(uploaded / "model.safetensors")
@@ -52,8 +53,8 @@ def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
     assert "cppo, binary_tv, delta 0.05, w_min 0.8, delta_b 0.01 to 0.02" in section(card, "Trust region")
     run = section(card, "Run")
     assert re.search(r"base model \| `.*warm_start` \(local\)", run)
-    assert re.search(r"dataset \| `.*data` \(local\)", run)
-    (printed,) = re.findall(r"```bash\n(.*)\n```", run)
+    assert re.search(r"`.*data` \(local\)", section(card, "Training data"))
+    (printed,) = re.findall(r"\| command \| `(.*)` \|", run)
     assert shlex.split(printed)[1:] == [str(word).replace("hf_secret", "***") for word in command]
     assert "hf_secret" not in (uploaded / "README.md").read_text()
     (picture,) = re.findall(r"!\[.*\]\((.*)\)", section(card, "Training curves"))
@@ -62,18 +63,17 @@ def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
     assert 0 <= before <= 1
     assert 0 <= after <= 1
     assert 0 <= error < 1 / math.sqrt(8)
-    versions = dict(re.findall(r"- (\S+): (\S+)", card.text.split("### Framework versions")[1]))
-    for name, package in {"CPPO-TRL": "cppo-trl", "TRL": "trl", "Transformers": "transformers"}.items():
-        assert versions[name] == version(package)
+    versions = dict(re.findall(r"(\S+) ([\d.]+\S*?)(?:,| \|)", re.search(r"\| versions \| (.*)", run)[0]))
+    for package in ("cppo-trl", "trl", "transformers", "accelerate", "math-verify"):
+        assert versions[package] == version(package)
 
 
-def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(hub, task):  # noqa: F811
+def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(hub, task):
     hub.refused = "POST .*/commit/main"
     fields = ["--push_to_hub", "--hub_model_id", "user/tiny", "--save_strategy", "steps", "--save_steps", "2"]
     command = [ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *fields]
     result = launch(*command, "--hub_strategy", "all_checkpoints", **hub.environment())
     assert result.returncode == 1
-    assert "The upload after update 2 failed, training goes on: HfHubHTTPError: 403" in result.stdout
     assert "Traceback" not in result.stderr
     assert f"Training is finished and saved in {task / 'out'}" in result.stderr
     assert "the upload to the Hub failed: HfHubHTTPError: 403 Forbidden" in result.stderr
@@ -84,27 +84,60 @@ def test_a_failed_upload_loses_nothing_and_says_how_to_repeat_it(hub, task):  # 
     hub.refused = None
     repeat = shlex.split(result.stderr.strip().splitlines()[-1])
     subprocess.run([Path(sys.executable).with_name(repeat[0]), *repeat[1:]], check=True, env=hub.environment())
-    here = {p.name for p in (task / "out").iterdir() if not p.name.startswith("checkpoint-")}
+    here = {p.name for p in (task / "out").iterdir() if not p.name.startswith(("checkpoint-", "_"))}
     assert set(hub.repos["user/tiny"]) == here
     hub.write("user/tiny", task / "clone")
     AutoModelForCausalLM.from_pretrained(task / "clone")
 
 
-def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):  # noqa: F811
+def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):
     arguments = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model", "--push_to_hub"]
-    with pytest.raises(RunError, match=r"push_to_hub: the repository 'out' cannot be made or found .Offline"):
+    with pytest.raises(RunError, match=r"push_to_hub: the repository 'out' cannot be created or found .Offline"):
         train(*parse_arguments(arguments))
 
 
 def test_hub_names_become_links_and_tokens_are_left_out(make_trainer, tmp_path):
-    trainer = make_trainer()
+    class Sections(TrainerCallback):
+        def card_sections(self):
+            return {"Training data": link("org/data", "datasets/")}
+
+    trainer = make_trainer(trainer={"callbacks": [Sections()]})
     trainer.model.config._name_or_path = "org/base"
-    trainer.dataset_names = ["org/data"]
-    trainer.create_model_card()
+    trainer.create_model_card(dataset_name="org/data")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("org/base", "org/data")
     assert "[org/base](https://huggingface.co/org/base)" in section(card, "Run")
-    assert "[org/data](https://huggingface.co/datasets/org/data)" in section(card, "Run")
+    assert "[org/data](https://huggingface.co/datasets/org/data)" in section(card, "Training data")
     assert "a fine-tuned version of [org/base]" in card.text
     words = command_line(["train.py", "--hub_token", "hf_a", "--push_to_hub_token=hf_b", "--seed", "1"])
     assert words.endswith("train.py --hub_token *** --push_to_hub_token=*** --seed 1")
+
+
+def test_the_card_carries_the_license_of_the_base_model_where_it_is_known(make_trainer, tmp_path):
+    def license_with(base):
+        trainer = make_trainer(output_dir=str(tmp_path / "out"))
+        trainer.model.config._name_or_path = str(base)
+        trainer.save_model()
+        trainer.create_model_card()
+        return ModelCard.load(tmp_path / "out/README.md").data.license
+
+    (tmp_path / "base").mkdir()
+    assert license_with(tmp_path / "base") is None
+    (tmp_path / "base/README.md").write_text("---\nlicense: gemma\n---\n# A model\n")
+    assert license_with(tmp_path / "base") == "gemma"
+    assert license_with("org/base") is None  # no network here
+
+
+def test_a_card_that_trl_words_otherwise_is_noticed(make_trainer, monkeypatch):
+    from trl.trainer import base_trainer
+
+    made = base_trainer.generate_model_card
+
+    def reworded(**fields):
+        card = made(**fields)
+        card.text = card.text.replace("### Framework versions", "### Versions")
+        return card
+
+    monkeypatch.setattr(base_trainer, "generate_model_card", reworded)
+    with pytest.warns(UserWarning, match="no longer says '### Framework versions'"):
+        make_trainer().create_model_card()
