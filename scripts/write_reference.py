@@ -3,80 +3,57 @@
 import argparse
 import inspect
 import re
-import runpy
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments
+from trl import GRPOConfig, ScriptArguments
 
-from cppo_trl.config import RANGES, CPPOConfig
+from cppo_trl.config import CPPOConfig
 from cppo_trl.data.prepare import PrepareArguments
 from cppo_trl.evaluation.command import EvaluationArguments
 from cppo_trl.launch.plan import dry_run_parser
 from cppo_trl.launch.training import CPPOScriptArguments
-from cppo_trl.rules import ESTIMATORS, RULES
+from cppo_trl.rules import RULES
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs/configuration.md"
-
-HEAD = """\
+PAGE = Path(__file__).parent.parent / "docs/configuration.md"
+TEXT = """\
 # Configuration
 
-Written by `make reference` from the code. Fields are keys of a recipe's YAML and flags of the command line, which
-wins (`--cppo_delta 0.1`); in YAML, `null` is None and `.inf` infinity. A field that nobody knows is refused.
-"""
-OWN = """
+Written by `make reference` from the code. Fields are keys of a recipe's YAML and flags of the command line, which wins
+(`--cppo_delta 0.1`). In YAML, `null` is None and `.inf` infinity.
+
 ## CPPOConfig
 
-`CPPOConfig` is `trl.GRPOConfig` with the fields and defaults below. All other fields are inherited unchanged: see
-[TRL's documentation](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig). A field `cppo_*` that the chosen
-rule does not read must stay at its default; [troubleshooting.md](troubleshooting.md#refused-settings) has what else is
-refused.
-"""
-CHANGED = """
+`CPPOConfig` is [`trl.GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig) with the fields and
+defaults below. A field `cppo_*` that the chosen rule does not read must keep its default;
+[troubleshooting.md](troubleshooting.md#refused-settings) lists what else is refused.
+{added}
 ### Defaults that differ from TRL's
-"""
-OF_RULES = """
+{changed}
 ### Defaults of each rule
 
 `null` in `cppo_delta`, `cppo_delta_b`, `cppo_ratio_min` and `cppo_ratio_max` takes the rule's own value, from its
-paper where that gives one ([algorithm.md](algorithm.md#every-rule-is-a-weight)). Where a rule reads `cppo_delta` and
-no value stands for the kind of divergence, it must be set.
-"""
-TRAIN = """
+paper where that gives one. A rule that reads D_t takes every `cppo_divergence`; where the table has no `cppo_delta`
+for it, set one. All rules except `minpro` and `cispo` also read `cppo_ratio_cap`.
+{rules}
 ## scripts/train.py
 
-A recipe, or the command line, holds the fields of `CPPOConfig` above and those that follow.
-`scripts/quickstart.py` takes the same and those of its task.
-"""
-THEIRS = """
-TRL's own, by class:
-"""
-DRY_RUN = """
-### The dry run
-
-`python scripts/train.py --dry_run --config FILE.yaml` says what a recipe comes to ([recipes.md](recipes.md)).
-"""
-TASK = """
-### The quickstart's task
-"""
-EVALUATE = """
+A recipe holds the fields of `CPPOConfig`, of TRL's `ScriptArguments`, `ModelConfig` and `DatasetMixtureConfig`, and
+these:
+{train}
+The dry run, `python scripts/train.py --dry_run --config FILE.yaml`, prints what the recipe resolves to
+([recipes.md](recipes.md)):
+{dry_run}
 ## scripts/evaluate.py
 
 The defaults are the paper's protocol ([evaluation.md](evaluation.md)).
-"""
-PREPARE = """
+{evaluate}
 ## scripts/prepare_data.py
 
 See [data.md](data.md).
-"""
-COMPARE = """
-## scripts/compare.py
-
-The study behind [results.md](results.md); its YAML files are in `configs/compare/`.
-"""
+{prepare}"""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -106,21 +83,7 @@ def default_of(field: Field) -> str:
     return "required" if field.default is MISSING else code(yaml_value(field.default))
 
 
-def type_of(kind: type, field: Field) -> str:
-    """The type of a dataclass's field, as written: a parser overwrites the field's own."""
-    hint = get_type_hints(kind)[field.name]
-    return code(hint.__name__ if type(hint) is type else str(hint).replace("typing.", ""))
-
-
-def values_of(field: Field) -> str:
-    """What a field may hold, where it is bounded."""
-    parameter = field.name.removeprefix("cppo_")
-    if parameter in RANGES:
-        return RANGES[parameter][1]
-    return ", ".join(map(code, field.metadata.get("choices", ())))
-
-
-def listed(kind: type, pattern: str, indent: str) -> dict[str, str]:
+def documented(kind: type, pattern: str, indent: str) -> dict[str, str]:
     """Entries of a docstring, ``name: text`` with the lines that go on below it."""
     found = re.findall(rf"^{pattern}: (.*(?:\n{indent}.*)*)", inspect.getdoc(kind) or "", re.MULTILINE)
     return {name: " ".join(text.replace("``", "`").split()) for name, text in found}
@@ -130,38 +93,32 @@ def helped(kind: type, skip: Iterable[str] = ()) -> str:
     """A table of a dataclass's fields with the help of their flags."""
     rows = []
     for f in (f for f in fields(kind) if f.name not in skip):
-        choices = values_of(f)
-        meaning = f.metadata["help"] + (f" One of {choices}." if choices else "")
-        rows.append((code(f.name), type_of(kind, f), default_of(f), meaning))
-    return table(("field", "type", "default", "meaning"), rows)
+        choices = ", ".join(map(code, f.metadata.get("choices", ())))
+        rows.append((code(f.name), default_of(f), f.metadata["help"] + (f" One of {choices}." if choices else "")))
+    return table(("field", "default", "meaning"), rows)
 
 
 def parsed(parser: argparse.ArgumentParser) -> str:
     """A table of a parser's flags."""
-    rows = [
-        (code(action.option_strings[0]), code(str(action.default or "")), action.help or "")
-        for action in parser._actions
-        if action.dest != "help"
-    ]
-    return table(("flag", "default", "meaning"), rows)
+    rows = [(code(a.option_strings[0]), a.help or "") for a in parser._actions if a.dest != "help"]
+    return table(("flag", "meaning"), rows)
 
 
-def config_tables() -> tuple[str, str]:
+def config_tables() -> dict[str, str]:
     """The fields that `CPPOConfig` adds, and those whose default it changes."""
     inherited = {f.name: f for f in fields(GRPOConfig)}
-    meaning = listed(CPPOConfig, r"    (\w+)", " {5,}")
-    reason = listed(CPPOConfig, r"\* ``(\w+)[^`]*``", "  ")
+    meaning = documented(CPPOConfig, r"    (\w+)", " {5,}")
+    reason = documented(CPPOConfig, r"\* ``(\w+)[^`]*``", "  ")
     added, changed = [], []
     for f in (f for f in fields(CPPOConfig) if f.name in CPPOConfig.__annotations__):
-        start = (code(f.name), type_of(CPPOConfig, f), default_of(f))
         if f.name in inherited:
-            changed.append((*start, default_of(inherited[f.name]), reason[f.name]))
+            changed.append((code(f.name), default_of(f), default_of(inherited[f.name]), reason[f.name]))
         else:
-            added.append((*start, values_of(f), meaning[f.name]))
-    return (
-        table(("field", "type", "default", "values", "meaning"), added),
-        table(("field", "type", "default", "TRL's", "why"), changed),
-    )
+            added.append((code(f.name), default_of(f), meaning[f.name]))
+    return {
+        "added": table(("field", "default", "meaning"), added),
+        "changed": table(("field", "default", "TRL's", "why"), changed),
+    }
 
 
 def rules_table() -> str:
@@ -170,41 +127,28 @@ def rules_table() -> str:
     def own(values: Any) -> str:
         return ", ".join(code(f"cppo_{name}: {value:g}") for name, value in values.items())
 
-    rows = []
-    for name, rule in RULES.items():
-        reads = ", ".join(code(f"cppo_{parameter}") for parameter in rule.parameters)
-        kinds = "any: " if set(rule.estimators) == set(ESTIMATORS) else ""
-        estimators = kinds + ", ".join(map(code, rule.estimators))
-        rows.append((code(name), rule.source, reads, estimators, own(rule.tv_defaults), own(rule.kl_defaults)))
-    head = (
-        "`trust_region`",
-        "source",
-        "reads",
-        "D_t, the default first",
-        "own defaults (TV, or D_t unread)",
-        "own defaults (KL)",
-    )
+    def others(rule: Any) -> str:
+        stated = {*rule.tv_defaults, *rule.kl_defaults, "ratio_cap"}
+        names = (name for name in rule.parameters if name not in stated)
+        return ", ".join(code(f"cppo_{name}") for name in names)
+
+    head = ("`trust_region`", "D_t by default", "own defaults", "own defaults with a KL", "also reads")
+    rows = [
+        (code(name), code("".join(rule.estimators[:1])), own(rule.tv_defaults), own(rule.kl_defaults), others(rule))
+        for name, rule in RULES.items()
+    ]
     return table(head, rows)
 
 
 def reference() -> str:
     """The page."""
-    added, changed = config_tables()
-    theirs = [f.name for f in fields(ScriptArguments)]
-    names = {kind.__name__: [f.name for f in fields(kind)] for kind in (ModelConfig, DatasetMixtureConfig)}
-    by_class = "\n" + "".join(
-        f"- `trl.{kind}`: {', '.join(map(code, fields_of))}\n"
-        for kind, fields_of in {"ScriptArguments": theirs, **names}.items()
-    )
-    task = runpy.run_path(str(ROOT / "scripts/quickstart.py"))["TaskArguments"]
-    compare = runpy.run_path(str(ROOT / "scripts/compare.py"))["command_line"]()
-    return "".join(
-        [
-            *(HEAD, OWN, added, CHANGED, changed, OF_RULES, rules_table()),
-            *(TRAIN, helped(CPPOScriptArguments, theirs), THEIRS, by_class),
-            *(DRY_RUN, parsed(dry_run_parser()), TASK, helped(task)),
-            *(EVALUATE, helped(EvaluationArguments), PREPARE, helped(PrepareArguments), COMPARE, parsed(compare)),
-        ]
+    return TEXT.format(
+        **config_tables(),
+        rules=rules_table(),
+        train=helped(CPPOScriptArguments, [f.name for f in fields(ScriptArguments)]),
+        dry_run=parsed(dry_run_parser()),
+        evaluate=helped(EvaluationArguments),
+        prepare=helped(PrepareArguments),
     )
 
 

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import datasets
 import pytest
-import torch
 
 from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
-from cppo_trl.output.nonfinite import save_batch
 from tests.conftest import SMALL_RUN, tiny_model
-from tests.data.conftest import caches, hub  # noqa: F401  (fixtures)
+from tests.data.conftest import *  # noqa: F403  (the fixtures of a Hub cache)
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("Qwen/Qwen3-0.6B",)
@@ -61,7 +59,7 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trained(desk, tiny_directory, hub, monkeypatch):  # noqa: F811
+def trained(desk, tiny_directory, hub, monkeypatch):
     """The same after the reader's runs, with tiny models and datasets on the Hub, and training made short."""
     shutil.copytree(tiny_directory, desk / "outputs/quickstart")
     for name in MODELS:
@@ -69,9 +67,6 @@ def trained(desk, tiny_directory, hub, monkeypatch):  # noqa: F811
         shutil.copytree(tiny_directory, repository / "snapshots/0")
         (repository / "refs").mkdir()
         (repository / "refs/main").write_text("0")
-    (desk / "outputs/x").mkdir()
-    loss, batch = torch.tensor(torch.nan), {"advantages": torch.zeros(2)}
-    save_batch(desk / "outputs/x/nonfinite-update-41-process-0.pt", [(loss, batch)], update=41)
     from_disk = datasets.load_dataset
 
     def load_dataset(name, *args, **options):

@@ -5,10 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cppo_trl.launch.training import ARGUMENT_TYPES
+from tests.conftest import digit_reward
 from tests.docs.blocks import KINDS, PAGES, ROOT, blocks, check_command, commands
+from tests.docs.conftest import SMALL
 
 FIELDS = {name for kind in ARGUMENT_TYPES for name in kind.__dataclass_fields__}
 
@@ -71,3 +76,24 @@ def test_blocks(page, trained, make_trainer):
 def test_a_wrong_command_fails(command, error, desk):
     with pytest.raises((Exception, SystemExit), match=error):
         check_command(commands(blocks(f"```bash\n{command}\n```")[0])[0])
+
+
+def test_the_readme_example_moves_the_policy(trained, tiny_directory, monkeypatch):
+    """The mean D_t reaches a tenth of the budget within ten updates; at TRL's learning rate, a thousandth."""
+    config = AutoConfig.from_pretrained(tiny_directory, hidden_size=128)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(snapshot_download("Qwen/Qwen3-0.6B"))
+
+    def digits(completions, **kwargs):  # a random model earns no other reward
+        return digit_reward([completion[0]["content"] for completion in completions])
+
+    monkeypatch.setattr("cppo_trl.rewards.accuracy_reward", digits)
+    monkeypatch.setitem(SMALL, "max_steps", 10)
+    monkeypatch.setitem(SMALL, "lr_scheduler_type", "constant")  # as it is over the first ten of many
+    example = next(block for block in blocks((ROOT / "README.md").read_text()) if block.kind == "python")
+    names = {}
+    exec(example.text, names)
+    trainer = names["trainer"]
+    divergences = [log["cppo/divergence/mean"] for log in trainer.state.log_history if "cppo/masked" in log]
+    assert len(divergences) == 10
+    assert max(divergences) >= trainer.args.cppo_delta_b / 10
