@@ -173,7 +173,7 @@ class CPPOTrainer(GRPOTrainer):
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
-        require_finite(self.model, self.state.global_step)
+        require_finite(self.accelerator, self.model, self.state.global_step)
         super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:

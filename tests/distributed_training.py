@@ -3,8 +3,10 @@
 Run by ``test_distributed.py`` through ``accelerate launch``, and in its own process for the comparison.
 """
 
+import math
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,9 +19,14 @@ from trl.trainer import grpo_trainer as host
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
+from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.nonfinite import _own_share, require_finite
 from cppo_trl.rewards import AccuracyReward
 from cppo_trl.rewards.checker import shared_checker
 from tests.conftest import COMPLETION, SMALL_RUN, digit_reward, full_logps, injected_batch, tiny_data, tiny_model
+
+with suppress(ImportError):
+    import deepspeed
 
 PROCESSES, MICRO_BATCH, ACCUMULATION, MICRO_BATCHES = 2, 3, 2, 4  # rows of a process, per update, per rollout
 ROWS = PROCESSES * MICRO_BATCH * MICRO_BATCHES  # of a rollout: three groups of 8, the middle one on both processes
@@ -100,6 +107,16 @@ class Injected(CPPOTrainer):
         return weight
 
 
+def whole(weight):
+    """A parameter that FSDP2 or ZeRO-3 may have sharded."""
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_tensor"):
+        with deepspeed.zero.GatheredParameters(weight):
+            return weight.detach().clone()
+    return weight
+
+
 class HeadErrors(Injected):
     """Keeps how far log π is from an fp32 head on the hidden states of its pass, and what bf16 would make of it."""
 
@@ -113,10 +130,8 @@ class HeadErrors(Injected):
     def get_off_policy_mask(self, **inputs):
         logps, length = inputs["per_token_logps"].detach(), self.max_completion_length
         assert logps.dtype == torch.float32
-        weight = self.head.weight
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            logits = self.hidden.float()[:, -length - 1 : -1] @ weight.float().T
+            logits = self.hidden.float()[:, -length - 1 : -1] @ whole(self.head.weight).float().T
             ids = self._loss.batch["completion_ids"].unsqueeze(-1)
             full = logits.log_softmax(-1).gather(-1, ids).squeeze(-1)
         own = inputs["mask"].bool()
@@ -203,6 +218,23 @@ def grade_beside_a_stuck_answer(model, directory):
     }
 
 
+def refuse_weights_of_one_process(model, output_dir, layout):
+    """What each process says of weights that only the last one knows to be NaN."""
+    trainer = make("dr_grpo-binary_tv", model, output_dir, layout)
+    trainer.train()
+    require_finite(trainer.accelerator, trainer.model, 4)
+    if trainer.accelerator.process_index == PROCESSES - 1:
+        with torch.no_grad():
+            shares = [_own_share(parameter) for parameter in trainer.model.parameters()]
+            next(share for share in shares if share.numel()).view(-1)[0] = math.nan
+    try:
+        require_finite(trainer.accelerator, trainer.model, 4)
+        said = "nothing"
+    except RunError as error:
+        said = str(error)
+    return gather_object([said])
+
+
 def run_in_bf16(model, output_dir, layout):
     trainer = make("bf16", model, output_dir, layout)
     trainer.train()
@@ -226,6 +258,7 @@ def main(layout, model, directory):
         if "save_strategy" in fields:
             last = directory / case / "checkpoint-2"
             results["resumed"] = run(case, model, directory / "resumed", layout, str(last))
+    results["refused"] = refuse_weights_of_one_process(model, directory / "refused", layout)
     if layout == "ddp":
         results["rewards"] = grade_beside_a_stuck_answer(model, directory)
     finish(results, directory)

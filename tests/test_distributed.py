@@ -94,6 +94,13 @@ def test_under_bf16_log_probs_and_gradients_stay_fp32(layout, two_processes):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_weight_that_is_not_finite_on_one_process_is_refused_on_all(layout, two_processes):
+    refused = two_processes(layout)["refused"]
+    assert len(refused) == 2
+    assert all("After update 4 the weights are not finite" in message for message in refused)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_checkpoint_of_two_processes_goes_on_as_if_never_stopped(layout, two_processes):
     whole, resumed = two_processes(layout)["dapo-topk_tv"], two_processes(layout)["resumed"]
     assert len(resumed["weights"]) == 4

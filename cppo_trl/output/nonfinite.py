@@ -3,6 +3,7 @@
 import warnings
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -33,15 +34,16 @@ def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
     )
 
 
-def require_finite(model: torch.nn.Module, update: int) -> None:
+def require_finite(accelerator: Accelerator, model: torch.nn.Module, update: int) -> None:
     """Refuse weights that are not finite, so that no checkpoint holds any; waits for the device.
 
-    Each process looks at its own share of the weights, under FSDP2 and DeepSpeed's ZeRO-3 as well.
+    To be called on all processes; each looks at its own share of the weights, under FSDP2 and ZeRO-3 as well.
 
     Raises:
-        RunError: if a weight of this process is NaN or infinite.
+        RunError: on all processes, if a weight of any of them is NaN or infinite.
     """
-    if not all(_own_share(parameter).isfinite().all().item() for parameter in model.parameters()):
+    finite = torch.stack([_own_share(parameter).isfinite().all() for parameter in model.parameters()]).all()
+    if not accelerator.gather(finite).all():
         raise RunError(
             f"After update {update} the weights are not finite: they are not saved, and earlier checkpoints are kept. "
             "A gradient overflowed though the loss did not: lower the learning rate, or raise the precision."
