@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 
 from cppo_trl.config import CPPOConfig, in_columns
-from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, import_reward, load_data, parse_arguments
+from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
+from cppo_trl.rules import import_object
 
 SHARDINGS = ("none", "ddp", "zero2", "zero3", "fsdp2")
 
@@ -189,7 +190,7 @@ def _missing_here(
 
 def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
     """What `train` would refuse, as far as it is known without the Hub."""
-    checks: list[partial[Any]] = [partial(import_reward, path) for path in script.reward_funcs]
+    checks: list[partial[Any]] = [partial(import_object, path, "reward_funcs") for path in script.reward_funcs]
     checks.append(partial(checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))
     if all(map(os.path.exists, dataset_names(script, mixture))):
         checks.append(partial(load_data, script, config, mixture))

@@ -1,10 +1,8 @@
 """A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``scripts/train.py`` calls."""
 
 import copy
-import importlib
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +27,7 @@ from cppo_trl.output.checkpoints import TrainingFinished, checkpoint_to_resume, 
 from cppo_trl.output.hub import require_repository
 from cppo_trl.output.model_card import CURVES, link
 from cppo_trl.output.run_files import exclusive
+from cppo_trl.rules import import_object
 from cppo_trl.seam.checks import require_rows
 from cppo_trl.trainer import CPPOTrainer
 
@@ -120,7 +119,7 @@ def train(
     main_process = config.process_index == 0
     with exclusive(Path(config.output_dir), main_process):
         resume = checkpoint_to_resume(config.output_dir, config.resume_from_checkpoint, main_process)
-        rewards = [import_reward(path) for path in script.reward_funcs]
+        rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
         evaluation = _evaluation(script, config)
         data = load_data(script, config, mixture)
         require_repository(config)
@@ -180,24 +179,6 @@ def _evaluation(script: CPPOScriptArguments, config: CPPOConfig) -> tuple[list[P
     longest = script.eval_max_new_tokens or config.max_completion_length
     sampling = Sampling(script.eval_samples, script.eval_temperature, script.eval_top_p, longest, config.seed)
     return load_problems(script.eval_benchmarks, script.eval_template), sampling
-
-
-def import_reward(path: str) -> Callable[..., list[float | None]]:
-    """Import the reward function at a dotted path, which may lead to a file in the working directory.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    module, _, name = path.rpartition(".")
-    sys.path.insert(0, os.getcwd())  # as `trl grpo` does
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"reward_funcs: cannot import {path!r} ({error}). Use a dotted path, module.function."
-        ) from error
-    finally:
-        sys.path.pop(0)
 
 
 def dataset_names(script: CPPOScriptArguments, mixture: DatasetMixtureConfig) -> list[str]:

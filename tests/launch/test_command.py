@@ -90,7 +90,7 @@ def test_an_interruption_says_how_to_go_on(capsys):
     ("script", "arguments", "message"),
     [
         ("train.py", ["--config", "nowhere.yaml"], "cannot read nowhere.yaml"),
-        ("train.py", ["--config", RECIPE, "--trust_region", "ppo"], "invalid choice: 'ppo'"),
+        ("train.py", ["--config", RECIPE, "--trust_region", "ppo"], "trust_region must be one of"),
         ("train.py", ["--config", RECIPE, "--max_steps", "many"], "invalid int value: 'many'"),
         ("train.py", ["--config", RECIPE, "--reward_funcs", "nowhere.reward"], "cannot import 'nowhere.reward'"),
         ("train.py", ["--config", RECIPE, "--resume_from_checkpoint", "nowhere"], "'nowhere' does not exist"),
