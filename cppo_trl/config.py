@@ -103,8 +103,8 @@ class CPPOConfig(GRPOConfig):
         cppo_ratio_max: upper bound 1 + ε_high on the ratio, >= 1, of minpro (1.28), cispo (1.2) and grpo (1.28);
             None for these values.
         cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
-        skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normaliser,
-            as the paper does.
+        skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normalizer,
+            as the paper does. Not with ``loss_type="bnpo"``, which averages over micro-batches, empty ones included.
         log_tokens_steps: updates between two logs of a few responses token by token, for ``cppo_trl.report``; best a
             multiple of the updates per rollout, whose last has moved furthest. 0 logs none.
 
@@ -156,7 +156,7 @@ class CPPOConfig(GRPOConfig):
 
     skip_zero_std_prompts: bool = field(
         default=False,
-        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normaliser."},
+        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normalizer."},
     )
     log_tokens_steps: int = field(
         default=0, metadata={"help": "Updates between two logs of a few responses token by token; 0: none."}
@@ -166,7 +166,7 @@ class CPPOConfig(GRPOConfig):
         default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
     )
     loss_type: str = field(
-        default="dr_grpo", metadata={"help": "Loss normalisation: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
+        default="dr_grpo", metadata={"help": "Loss normalization: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
     )
     scale_rewards: str = field(
         default="none",
@@ -372,7 +372,7 @@ class CPPOConfig(GRPOConfig):
         if self.scale_rewards != "none":
             doubts.append(f"scale_rewards={self.scale_rewards!r}: the authors' recipes do not divide by the deviation")
         if self.mask_truncated_completions:
-            doubts.append("mask_truncated_completions: truncated responses leave the loss, not dr_grpo's normaliser")
+            doubts.append("mask_truncated_completions: truncated responses leave the loss, not dr_grpo's normalizer")
         ignored = [f for f in type(self).__dataclass_fields__ if f.startswith(("sapo_", "vespo_"))]
         ignored += ["vllm_importance_sampling_mode", "vllm_importance_sampling_clip_max"]
         changed = [f for f in ignored if getattr(self, f) != type(self).__dataclass_fields__[f].default]

@@ -90,8 +90,8 @@ def test_gradient_is_the_analytic_one(make_trainer, rule):
     coefficient = -batch["advantages"][:, None] * (logps - mu).exp().detach() * weight
     trainer.model.zero_grad()
     # rejected tokens and responses stay in the denominator
-    normaliser = batch["num_items_in_batch"] / trainer.args.steps_per_generation
-    ((coefficient * logps * mask).sum() / normaliser).backward()
+    normalizer = batch["num_items_in_batch"] / trainer.args.steps_per_generation
+    ((coefficient * logps * mask).sum() / normalizer).backward()
     expected = {n: x.grad.clone() for n, x in trainer.model.named_parameters()}
     _, found = gradients(trainer, batch)
     for name, gradient in expected.items():
@@ -182,7 +182,7 @@ def test_responses_are_numbered_by_seed_rollout_and_process(make_trainer, monkey
 
 
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "dapo", "grpo"])
-def test_prompts_whose_responses_score_alike_leave_loss_and_normaliser(make_trainer, loss_type):
+def test_prompts_whose_responses_score_alike_leave_loss_and_normalizer(make_trainer, loss_type):
     def reward(prompts, completions, **kwargs):
         first = prompts[0]  # its four responses score alike, by a number that no mean reproduces exactly
         return [0.1 if p == first else float(i % 2) for i, p in enumerate(prompts)]

@@ -39,8 +39,8 @@ def reference_mask(trainer, batch, logps):
     return torch.stack(rows)
 
 
-def normalised(loss_type, per_token, mask, batch, trainer):
-    """The four normalisers of TRL's documentation, for one micro-batch of ``gradient_accumulation_steps``."""
+def normalized(loss_type, per_token, mask, batch, trainer):
+    """The four normalizers of TRL's documentation, for one micro-batch of ``gradient_accumulation_steps``."""
     accumulation = trainer.args.gradient_accumulation_steps
     if loss_type == "dr_grpo":
         return per_token.mul(mask).sum() / (len(mask) * COMPLETION) / accumulation
@@ -64,10 +64,10 @@ def test_gradient_is_the_analytic_one(make_trainer, loss_type, accumulation):
     # -A rho M / N, with the gradient of log pi alone: rho and M are constants
     coefficient = -batch["advantages"][:, None] * (logps - batch["old_per_token_logps"]).exp().detach() * keep
     trainer.model.zero_grad()
-    normalised(loss_type, coefficient * logps, mask, batch, trainer).backward()
+    normalized(loss_type, coefficient * logps, mask, batch, trainer).backward()
     expected = {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
     loss, found = gradients(trainer, batch)
-    torch.testing.assert_close(loss, normalised(loss_type, coefficient, mask, batch, trainer), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(loss, normalized(loss_type, coefficient, mask, batch, trainer), rtol=1e-5, atol=1e-7)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 

@@ -2,7 +2,7 @@
 
 TRL scores the sampled tokens with a kernel that takes hidden states and the whole LM head (gathered, where FSDP2 or
 ZeRO-3 shard it) and never holds a (B, T, V) tensor. `HeadTap` stands in for that kernel during one pass, runs it, and
-takes its log-normaliser log Z from the autograd graph. What is left costs little:
+takes its log-normalizer log Z from the autograd graph. What is left costs little:
 
 * log π at K' given tokens is h·W_a - log Z for K' rows of the head (`ids` given: the training side);
 * the K likeliest tokens take one more product with the head, in tiles as TRL's own, without a gradient (`k` given: the

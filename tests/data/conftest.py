@@ -43,7 +43,7 @@ def aime_row(number, problem, answer):
     }
 
 
-# file in the repository -> its rows; AIME's problems are made up, for their licences do not let them be copied
+# file in the repository -> its rows; AIME's problems are made up, for their licenses do not let them be copied
 FILES = {
     "dapo-math-17k": {"data/dapo-math-17k.parquet": [dapo_row("What is $1+1$?", "2", "9a9b-1")] * 100
                       + [dapo_row("Find $x$ if $x^2=9$ and $x<0$.", "-3", "9a9b-2")] * 100},

@@ -220,7 +220,7 @@ def test_a_cast_head_that_trl_cannot_make_is_refused(make_trainer):
     fields = {"model": tiny_model(tie_word_embeddings=True), "cast_lm_head_to_fp32": True, "trainer": lora}
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32 to false"):
         make_trainer(**fields)
-    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has mended it: drop the refusals
+    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has fixed it: drop the refusals
         make_trainer(GRPOTrainer, GRPOConfig, **fields)
 
 
