@@ -132,8 +132,8 @@ class SecondRun(TrainerCallback):
     def __init__(self, arguments: Sequence[str], output_dir: Path) -> None:
         self.output = output_dir / "output.txt"
         command = [sys.executable, "-u", str(Path(__file__).with_name("train.py")), *arguments]
-        with self.output.open("w") as file:  # in a session of its own: Ctrl-C is for this process alone
-            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer of the first run."""
@@ -226,7 +226,10 @@ def main() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its bars
     task, arguments = HfArgumentParser(TaskArguments).parse_args_into_dataclasses(return_remaining_strings=True)
-    script, config, model, mixture = parse_arguments(arguments)
+    try:
+        script, config, model, mixture = parse_arguments(arguments)
+    except ValueError as error:
+        sys.exit(f"Refused: {error}")
     output_dir = Path(config.output_dir)
     second_dir = output_dir.with_name(f"{output_dir.name}-without")
     keep_earlier_run(output_dir)
