@@ -9,7 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl.divergence import ESTIMATORS
 from cppo_trl.rules import RULES, Rule, find_rule
-from cppo_trl.trust_region import cppo_mask, grpo_mask, minpro_weight, position_weights, random_order
+from cppo_trl.trust_region import cispo_weight, cppo_mask, grpo_mask, minpro_weight, position_weights, random_order
 from tests.conftest import (
     COMPLETION,
     FIELDS,
@@ -199,11 +199,17 @@ def test_grpo_worked_by_hand():
     assert verdict.at_bound.tolist() == [[False, True, False, True, True, True, False]]
 
 
-def test_minpro_worked_by_hand():
-    # ρ = 2, 0.5, 1.5, 1: m = 1, 1, 0.5, 0.5, so clip(m ρ, 0.6, 1.2) = 1.2, 0.6, 0.75, 0.6
-    ratio = torch.tensor([[2.0, 0.5, 1.5, 1.0]])
-    weight = minpro_weight(ratio, ratio, ratio.log(), torch.ones(1, 4), ratio_min=0.6, ratio_max=1.2).weight
-    torch.testing.assert_close(weight * ratio, torch.tensor([[1.2, 0.6, 0.75, 0.6]]))
+def test_minpro_and_cispo_worked_by_hand():
+    # ρ = 2, 0.5, 1.5, 1 around a token of the environment: m = 1, 1, 0.5, 0.5, so that clip(m ρ, 0.6, 1.2) is
+    # 1.2, 0.6, 0.75, 0.6 and clip(ρ, 0.6, 1.2) is 1.2, 0.6, 1.2, 1
+    ratio, mask = torch.tensor([[2.0, 0.1, 0.5, 1.5, 1.0]]), torch.tensor([[1, 0, 1, 1, 1]])
+    for rule, coefficients, at_bound in (
+        (minpro_weight, [1.2, 0.0, 0.6, 0.75, 0.6], [True, False, True, False, True]),
+        (cispo_weight, [1.2, 0.0, 0.6, 1.2, 1.0], [True, False, True, True, False]),
+    ):
+        verdict = rule(ratio, ratio, ratio.log(), mask, ratio_min=0.6, ratio_max=1.2)
+        torch.testing.assert_close(verdict.weight * ratio, torch.tensor([coefficients]))
+        assert verdict.at_bound.tolist() == [at_bound]
 
 
 def test_the_soft_gate_is_open_exactly_where_the_mask_keeps():
