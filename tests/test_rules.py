@@ -9,6 +9,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl.divergence import ESTIMATORS
 from cppo_trl.rules import RULES, Rule, find_rule
+from cppo_trl.seam.state import skip_zero_std_prompts
 from cppo_trl.trust_region import cispo_weight, cppo_mask, grpo_mask, minpro_weight, position_weights, random_order
 from tests.conftest import (
     COMPLETION,
@@ -291,3 +292,14 @@ def test_prompts_whose_responses_score_alike_leave_loss_and_normaliser(make_trai
     _, found = gradients(trainers[0], skipping)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_of_tools_are_not_in_the_normaliser():
+    # two prompts of two responses; the first prompt's score alike, the others have 2 and 3 tokens of their own
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    tools = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1]])
+    batch = {"advantages": torch.tensor([0.0, 0.0, 1.0, -1.0]), "completion_mask": mask, "tool_mask": tools}
+    skip_zero_std_prompts(batch, lambda x: x, 0, 2, per_response=True)
+    assert batch["completion_mask"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert batch["num_items_in_batch"] == 5
+    assert batch["advantages"].tolist() == [0.0, 0.0, 2.0, -2.0]
