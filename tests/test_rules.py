@@ -2,6 +2,7 @@
 
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -294,12 +295,13 @@ def test_prompts_whose_responses_score_alike_leave_loss_and_normalizer(make_trai
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
-def test_tokens_of_tools_are_not_in_the_normaliser():
+def test_tokens_of_tools_are_not_in_the_normalizer():
     # two prompts of two responses; the first prompt's score alike, the others have 2 and 3 tokens of their own
     mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
     tools = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1]])
     batch = {"advantages": torch.tensor([0.0, 0.0, 1.0, -1.0]), "completion_mask": mask, "tool_mask": tools}
-    skip_zero_std_prompts(batch, lambda x: x, 0, 2, per_response=True)
+    alone = SimpleNamespace(gather=lambda x: x, num_processes=1, process_index=0)
+    skip_zero_std_prompts(batch, alone, 2, "grpo")
     assert batch["completion_mask"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
     assert batch["num_items_in_batch"] == 5
     assert batch["advantages"].tolist() == [0.0, 0.0, 2.0, -2.0]
