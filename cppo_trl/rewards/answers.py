@@ -85,7 +85,14 @@ def _boxes(text: str) -> tuple[list[_Box], int]:
         elif match[1] == "{":
             open_groups.append((match.start(), match.end()))
         elif match[1]:
-            boxes.append(_Box(match.start(), match.start(1), match.end(1) - len(match[1]) + len(match[1].rstrip(".,;")), match.end()))
+            boxes.append(
+                _Box(
+                    match.start(),
+                    match.start(1),
+                    match.end(1) - len(match[1]) + len(match[1].rstrip(".,;")),
+                    match.end(),
+                )
+            )
     return boxes, max((start for start, _ in open_groups), default=-1)
 
 

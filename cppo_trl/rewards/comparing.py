@@ -6,7 +6,18 @@ from typing import Any
 from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import UndefinedError, UnreadableError
-from cppo_trl.rewards.reading import DECIMAL, POINTS, Many, Named, Relation, Scalar, close, read, region_of, same_number
+from cppo_trl.rewards.reading import (
+    DECIMAL,
+    POINTS,
+    Many,
+    Named,
+    Relation,
+    Scalar,
+    close,
+    read,
+    region_of,
+    same_number,
+)
 from cppo_trl.rewards.regions import Region
 from cppo_trl.rewards.text import normalise
 from cppo_trl.rewards.units import units_agree

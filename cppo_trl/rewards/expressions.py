@@ -31,7 +31,7 @@ _AROUND: dict[str, Callable[[Number], Number]] = {
     r"\lceil": lambda value: -_floor(-value),
 }
 _UNKNOWN_FUNCTIONS = set("fghFGH")
-_MAX_LOG10 = 900  # of a value; answers are compared to 1,000 digits
+_MAX_BITS = 3000  # of a value; answers are compared to 1,000 digits
 _MAX_FACTORIAL = 400
 
 
@@ -76,9 +76,12 @@ class _Evaluator:
     def product(self) -> Number:
         value = self.signed()
         while True:
-            if self.skip("*") or self.skip(r"\cdot") or self.skip(r"\times"):
+            token = self.peek()
+            if token in ("*", r"\cdot", r"\times"):
+                self.take()
                 value *= self.signed()
-            elif self.skip("/") or self.skip(r"\div"):
+            elif token in ("/", r"\div"):
+                self.take()
                 value /= self.signed()
             elif self.starts_factor():
                 value *= self.power()
@@ -91,21 +94,20 @@ class _Evaluator:
         return token != "|" * self.in_bars and (token in _CLOSING or token.isalpha() or token[1:] in _HEADS)
 
     def signed(self) -> Number:
-        if self.skip("-"):
-            return -self.signed()
-        return self.signed() if self.skip("+") else self.power()
+        if self.peek() in ("+", "-"):
+            return -self.signed() if self.take() == "-" else self.signed()
+        return self.power()
 
     def power(self) -> Number:
         value = self.primary()
-        while True:
-            if self.skip("!"):
+        while self.peek() in ("!", "^"):
+            if self.take() == "!":
                 value = _factorial(value)
-            elif self.skip("^", r"\circ") or self.skip("^", "{", r"\circ", "}"):
+            elif self.skip(r"\circ") or self.skip("{", r"\circ", "}"):
                 value = value * mp.pi / 180
-            elif self.skip("^"):
-                value = _power(value, self.signed())
             else:
-                return value
+                value = _power(value, self.signed())
+        return value
 
     def primary(self) -> Number:
         token = self.take()
@@ -163,7 +165,12 @@ class _Evaluator:
                 exponent = self.signed()
         bracketed = self.peek() in _CLOSING
         argument = self.primary() if bracketed else self.signed()
-        while not bracketed and self.starts_factor() and self.peek() not in ("(", "[") and self.peek()[1:] not in FUNCTIONS:
+        while (
+            not bracketed
+            and self.starts_factor()
+            and self.peek() not in ("(", "[")
+            and self.peek()[1:] not in FUNCTIONS
+        ):
             argument *= self.power()
         if exponent == -1:
             name, exponent = "arc" + name, None
@@ -176,7 +183,7 @@ class _Evaluator:
 
     def name(self, token: str) -> Number:
         letter = token
-        while True:
+        while self.peek() in ("_", "'", "^"):
             if self.skip("_"):
                 token += "_" + self.raw()
             elif self.skip("'") or self.skip("^", r"\prime") or self.skip("^", "{", r"\prime", "}"):
@@ -219,8 +226,10 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
                 raise UnreadableError
             if evaluator.tokens in ([INFINITY], ["-", INFINITY], ["+", INFINITY]):
                 return value
-            if value != 0 and not abs(mp.log10(abs(value))) < _MAX_LOG10:  # nor is nan
-                if digits <= _MAX_LOG10 or not abs(value) < 1:
+            if not mp.isfinite(value) or mp.mag(value) > _MAX_BITS:
+                raise UndefinedError
+            if value != 0 and mp.mag(value) < -_MAX_BITS:
+                if digits < 1000:
                     raise UndefinedError
                 value = mpf(0)  # what is left of a difference
             noise = mpf(10) ** (10 - digits) * (1 + abs(mp.re(value)))
@@ -230,8 +239,9 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
 
 
 def _power(base: Number, exponent: Number) -> Number:
-    if base != 0 and abs(exponent * mp.log(abs(base))) > _MAX_LOG10 * mp.ln10:
-        raise UndefinedError
+    with mp.workprec(53):
+        if base != 0 and abs(exponent * mp.log(abs(base), 2)) > _MAX_BITS:
+            raise UndefinedError
     return base**exponent
 
 

@@ -93,36 +93,37 @@ def read(text: str) -> tuple[Any, str]:
         UndefinedError: If it has no value, as ``1/0`` and ``2 + 2 = 5``.
     """
     text = normalise(text)
-    _split(text, "$^")  # the brackets match
+    _depths(text)  # the brackets match
     if not re.search(r"\w|\\infty", text) and not _known_words(text):
         raise UnreadableError
     return _statements(text), text
 
 
 _PARTS = re.compile(r'"[^"]*"|\\begin\{[a-z]*\*?\}|\\end\{[a-z]*\*?\}|\\[a-zA-Z]+|\\.|.')
-_BRACKETS = {**dict.fromkeys(["(", "[", "{", r"\{"], 1), **dict.fromkeys([")", "]", "}", r"\}"], -1)}
+_BRACKETS = {**dict.fromkeys(["(", "[", "{", r"\{", r"\beg"], 1), **dict.fromkeys([")", "]", "}", r"\}", r"\end"], -1)}
 
 
 def _depths(text: str) -> list[tuple[str, int]]:
-    """Return the parts of a text, each with the depth of the brackets around what follows it."""
+    """Return the parts of a text, each with the depth of the brackets around what follows; raises UnreadableError."""
     parts, depth = [], 0
     for part in _PARTS.findall(text):
-        depth += _BRACKETS.get(part, part.startswith(r"\begin") - part.startswith(r"\end"))
+        depth += _BRACKETS[part[:4]] if part[:4] in _BRACKETS else 0
+        if not 0 <= depth <= MAX_DEPTH:
+            raise UnreadableError
         parts.append((part, depth))
+    if depth:
+        raise UnreadableError
     return parts
 
 
 def _split(text: str, separators: str) -> tuple[list[str], list[str]]:
     """Split at separators outside all brackets; returns the pieces and the separators between them."""
-    outside = ""  # the text with what is inside brackets blotted out
-    depth = 0
+    if not re.search(separators, text):
+        return [text.strip()], []
+    outside, depth = "", 0  # the text with what is inside brackets blotted out
     for part, after in _depths(text):
         outside += part if depth == after == 0 else "\0" * len(part)
         depth = after
-        if not 0 <= depth <= MAX_DEPTH:
-            raise UnreadableError
-    if depth:
-        raise UnreadableError
     pieces, signs, at = [], [], 0
     for match in re.finditer(separators, outside):
         pieces.append(text[at : match.start()].strip())
@@ -176,7 +177,7 @@ def _together(values: list[Any], separators: set[str]) -> Any:
         if separators == {"or"}:
             return reduce(union, regions)
         if separators == {"and"} or all(region.inside == (True, False, True) for region in regions):
-            return reduce(intersection, regions)
+            return _not_empty(reduce(intersection, regions))
     first = items[0]
     if isinstance(first, Named):  # x = 1, 2 and x = 1 or x = 2
         if all(item.name == first.name if isinstance(item, Named) else isinstance(item, Scalar) for item in items):
@@ -241,7 +242,7 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
     if None not in bounds:
         raise UndefinedError  # 0 < 1
     unknown = bounds.index(None)
-    if bounds.count(None) == 1 and (name := _name(sides[unknown])):
+    if bounds.count(None) == 1 and len(signs) < 3 and (name := _name(sides[unknown])):
         region = replace(REALS, name=name)
         for place, sign in enumerate(signs):
             name_first = place == unknown
@@ -251,13 +252,17 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
             else:
                 part = (below if (sign in ("<", r"\leq")) == name_first else above)(bound, closed)
             region = intersection(region, part)
-        if True not in region.inside or len(signs) > 2:
-            raise UndefinedError
-        return region
+        return _not_empty(region)
     if len(sides) > 2 or not all(isinstance(_item(side), Scalar) for side in sides):
         raise UnreadableError
     left, right = sides[::-1] if signs[0] in _LESS else sides
     return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left})-({right})"))
+
+
+def _not_empty(region: Region) -> Region:
+    if True not in region.inside:
+        raise UndefinedError  # x < 1 and x > 2
+    return region
 
 
 def same_number(left: Scalar, right: Scalar) -> bool:
@@ -299,7 +304,9 @@ _FACTORS = "abcdeiklmnorstuvxyz"  # before parentheses a factor, unless these ho
 def _name(text: str) -> str | None:
     """Return the name that a text is, or None: a letter, a call, a segment, a derivative, words, a tuple of letters."""
     name = _NAME.fullmatch(text)
-    if not name or (name["call"] and text[0] in _FACTORS and not re.fullmatch(r"\s*\(\s*(?:t|\d+)\s*\)", name["call"])):
+    if not name or (
+        name["call"] and text[0] in _FACTORS and not re.fullmatch(r"\s*\(\s*(?:t|\d+)\s*\)", name["call"])
+    ):
         return None
     return re.sub(r'[\s{}"]', "", text)
 
@@ -316,7 +323,11 @@ def _item(text: str) -> Any:
         values = [_item(piece) for piece in pieces]
         regions = [region_of(value) for value in values]
         if None not in regions:
-            return reduce(lambda region, step: _SET_SIGNS[step[0]](region, step[1]), zip(signs, regions[1:], strict=True), regions[0])
+            return reduce(
+                lambda region, step: _SET_SIGNS[step[0]](region, step[1]),
+                zip(signs, regions[1:], strict=True),
+                regions[0],
+            )
         if set(signs) != {r"\cup"}:
             raise UnreadableError
         return Many("{}", tuple(values))
@@ -358,7 +369,7 @@ def _bracketed(opening: str, inside: str, closing: str) -> Any:
         head, signs = _split(inside, r"[|:]")
         if signs and (_name(head[0]) or r"\in" in head[0]):
             condition = _statements(inside[inside.index(signs[0], len(head[0])) + 1 :].replace(",", " and "))
-            return condition if isinstance(condition, Region) else re.sub(r"\s", "", f"{{{inside}}}")
+            return replace(condition, name="") if isinstance(condition, Region) else re.sub(r"\s", "", f"{{{inside}}}")
     pieces, signs = _split(inside, "[,;]")
     items = [_statement(piece) for piece in pieces] if signs or opening == r"\{" else []
     if opening == r"\{" or (opening == "{" and signs):
@@ -383,15 +394,13 @@ def _matrix(text: str) -> Many:
 
 _PLAIN_VALUE = rf"[-+]?\s*(?:{NUMBER}|\d+\s*/\s*\d+|\d*\\frac\s*\{{\d+\}}\s*\{{\d+\}})\.?"
 _EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
-_PERCENT = re.compile(r'(.*[\d)}])\s*(?:\\?%|"?\s*(?:percent|per cent|pct|percentage)\s*"?)')
+_PERCENT = re.compile(r'(.*[\d)}.])\s*(?:\\?%|"?\s*(?:percent|per cent|pct|percentage)\s*"?)')
 _DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\{?\s*\\circ\s*\}?\s*"?\s*([CF]?)\s*"?')
 _STYLED_UNIT = re.compile(
     rf'(.*?[\w)}}!\]])\s*("[^"]+"{_EXPONENT}(?:\s*(?:(?:/|\\cdot)\s*(?:"[^"]+"|[a-zA-Z]+)|"[^"]+"){_EXPONENT})*)'
 )
 _PHRASE = r"[a-zA-Z'-]+\.?(?:[ /.][a-zA-Z'-]+\.?){0,4}"
-_PLAIN_UNIT = re.compile(
-    rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))'
-)
+_PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))')
 _NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
 
 
@@ -401,14 +410,15 @@ def _strip_unit(text: str) -> tuple[str, str]:
         return tail[1], "%"
     if tail := _DEGREE.fullmatch(text):
         return tail[1], "degree" + tail[2]
-    spaced, tail = " ", _STYLED_UNIT.fullmatch(text)
-    if tail:
-        value, unit = tail.groups()
-    elif tail := _PLAIN_UNIT.fullmatch(text):
+    spaced = " "
+    if tail := _PLAIN_UNIT.fullmatch(text):
         value, spaced, unit = tail.groups()
+    elif tail := _STYLED_UNIT.fullmatch(text):
+        value, unit = tail.groups()
     else:
         return text, ""
-    unit = re.sub(r" ?\^ ?", "^", re.sub(r'["\s{}()]+', " ", unit.replace(r"\cdot", " "))).strip()
+    unit = re.sub(r'["\s{}()]+', " ", unit.replace(r"\cdot", " ").replace(".", ""))
+    unit = re.sub(r" ?\^ ?", "^", unit).strip()
     if _NO_UNIT.match(unit):
         raise UnreadableError
     word = re.split(r"[^a-zA-Z]", unit)[0]

@@ -42,8 +42,12 @@ _STYLE = re.compile(
     r"(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
 )
 _DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_LEAD_IN = re.compile(r"(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*$|^\W*$", re.IGNORECASE)
-_DOUBT = re.compile(r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE)
+_LEAD_IN = re.compile(
+    r"(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*$|^\W*$", re.IGNORECASE
+)
+_DOUBT = re.compile(
+    r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE
+)
 _UNIT_BEHIND = re.compile(r"\s*(?!(?:is|are|was|if|and|or|not|but|for|when|where)\b)(?:[a-zA-Z.]+\s*){0,3}[.\s]*")
 
 
@@ -67,17 +71,24 @@ def _repeating(match: re.Match[str]) -> str:
 
 _SPACE = r"(?<!\\)\\[,;:! ]|~"
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_THOUSANDS_OUTSIDE = re.compile(rf"\([^()]*\)|\[[^\[\]]*\]|\\\{{.*?\\\}}|{_THOUSANDS.pattern}")
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right)\s*\.", ""),
     (
-        r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d)",
+        r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)",
         lambda m: re.sub(r"\D", "", m[0]),
     ),
     (_SPACE, " "),
-    (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?", lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"'),
+    (
+        r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?",
+        lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"',
+    ),
     (r"\\([a-zA-Z]+)\s*", lambda m: _COMMANDS.get(m[1], m[0])),
     (r"(?<!\\)\\(\d)", r"\1"),
-    (rf"{_CURRENCY}\s*([-+]?{NUMBER})(\s+(?:{'|'.join(SCALES)})\b)?", lambda m: f'{m[2]}{m[3] or ""} "{_CURRENCIES[m[1]]}"'),
+    (
+        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(SCALES)})\b)?",
+        lambda m: f'{m[2]}{m[3] or ""} "{_CURRENCIES[m[1]]}"',
+    ),
     (rf"({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{_CURRENCIES[m[2]]}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
     (r"\*\*", "^"),
@@ -105,10 +116,12 @@ def normalise(text: str) -> str:
         text = styled
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    if ", " in text or not re.search(r"[(\[]\s*[-+\\\d.]|\\\{", text):  # (1,000, 2) has a thousand, (1,000) perhaps not
-        text = _THOUSANDS.sub(lambda number: number[0].replace(",", ""), text)
+    thousands = _THOUSANDS if ", " in text else _THOUSANDS_OUTSIDE  # (1,000, 2) has a thousand, (1,000) perhaps not
+    text = thousands.sub(lambda match: match[0] if match[0][0] in "([\\" else match[0].replace(",", ""), text)
     parts = re.split('("[^"]*")', text)
-    parts[::2] = [_BARE_COMMAND.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", part) for part in parts[::2]]
+    parts[::2] = [
+        _BARE_COMMAND.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", part) for part in parts[::2]
+    ]
     text = " ".join("".join(parts).split())
     return text if text.endswith(r"\.") else text.rstrip(" .,;:")
 

@@ -60,7 +60,9 @@ def unit_of(phrase: str) -> Unit:
             elif word.lower() not in _IDLE or word == "in":
                 unit = known_unit(word)
                 known = known and unit is not None
-                units.append((unit or re.sub(r"(?<=[a-z])e?s$", "", word.lower())) + ("^" + exponent if exponent else power))
+                units.append(
+                    (unit or re.sub(r"(?<=[a-z])e?s$", "", word.lower())) + ("^" + exponent if exponent else power)
+                )
         words.append("·".join(dict.fromkeys(units)) if known else " ".join(units))
     return frozenset(["/".join(words)]) if known else frozenset(" ".join(words).split())
 
