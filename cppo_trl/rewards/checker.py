@@ -15,7 +15,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
@@ -24,10 +24,10 @@ START_LIMIT_S = 120.0
 START_ATTEMPTS = 20  # for workers killed while they start; one that gives up is not tried again
 SEND_LIMIT_S = 10.0
 MAX_DEATHS = 3  # a comparison that loses its worker is tried again, as the worker may have been killed from outside
-SHORTEST_LIMIT_S = 0.5  # a comparison takes milliseconds; see `_Batch.seconds`
+SHORTEST_LIMIT_S = 0.3  # a comparison takes milliseconds; see `_Batch.seconds`
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from cppo_trl.rewards import worker; worker.serve(int(sys.argv[2]))"
+    "from cppo_trl.rewards import worker; worker.serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
 
 Pair = tuple[str, str]
@@ -60,7 +60,7 @@ class _Worker:
         self.socket.settimeout(SEND_LIMIT_S)
         with theirs:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(memory_bytes)],
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(os.getpid()), str(memory_bytes)],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 start_new_session=True,  # a Ctrl-C in the terminal is the trainer's business
@@ -95,8 +95,7 @@ class _Batch:
         self.deaths: Counter[Pair] = Counter()
         self.starts = 0
         self.timeouts = 0
-        self.stuck: set[str] = set()
-        self._slow_golds: set[str] = set()
+        self.stuck: Counter[str] = Counter()  # time-outs by text
         self._time_limit = time_limit
         self._progress = progress
 
@@ -111,11 +110,9 @@ class _Batch:
             self._progress(self.counts[pair])
 
     def time_out(self, pair: Pair) -> None:
-        """Settle a pair that is stuck, and remember its answer, and its gold if that is not its first time."""
-        gold, answer = pair
+        """Settle a pair that is stuck; a gold or an answer is given up at the second."""
         self.timeouts += 1
-        self.stuck |= {answer} | ({gold} & self._slow_golds)
-        self._slow_golds.add(gold)
+        self.stuck.update(pair)
         self.settle(pair, Outcome("timeout"))
 
     def take(self, share: int) -> list[Pair]:
@@ -128,7 +125,7 @@ class _Batch:
             if room < 0 and chunk:
                 break
             self.waiting.popleft()
-            if self.stuck.intersection(pair):
+            if max(self.stuck[text] for text in pair) > 1:
                 self.settle(pair, Outcome("timeout"))
             else:
                 chunk.append(pair)
@@ -158,6 +155,7 @@ class Checker:
         self._memory_bytes = memory_mb << 20
         self._children: list[_Worker] = []
         self._lock = threading.Lock()
+        self._starter = ThreadPoolExecutor(1)  # Linux ends a worker with the thread that starts it
         self._closings = 0
         _checkers.add(self)
 
@@ -168,6 +166,7 @@ class Checker:
             child.process.returncode = 0  # not ours to wait for
         self._children = []
         self._lock = threading.Lock()
+        self._starter = ThreadPoolExecutor(1)
 
     def check(
         self, pairs: Sequence[Pair], time_limit: float = 5.0, progress: Callable[[int], object] | None = None
@@ -217,7 +216,7 @@ class Checker:
         """Give every idle worker a fair share of what waits; start the workers that are missing."""
         while len(self._children) < self.workers and batch.waiting:
             batch.starts += 1
-            self._children.append(_Worker(self._memory_bytes))
+            self._children.append(self._starter.submit(_Worker, self._memory_bytes).result())
         for child in list(self._children):
             if child.started and not child.pairs and (chunk := batch.take(-(-len(batch.waiting) // self.workers))):
                 try:

@@ -47,7 +47,7 @@ def test_what_a_trainer_passes_is_accepted_and_logged():
     assert rewards == [1.0, 0.0, 0.0, 0.0, None, 1.0]
     assert columns == {
         "gold_parsed": ["1/2", "3", None, "3", None, "3"],
-        "answer_parsed": ["1/2", "2", None, None, None, "3"],
+        "answer_parsed": ["0.5", "2", None, None, None, "3"],
         "verdict": ["right", "wrong", "wrong", "wrong", "skipped", "right"],
         "why": ["equal", "different", "no_answer", "unparseable_answer", "unparseable_gold", "equal"],
     }
@@ -60,13 +60,13 @@ def test_what_a_trainer_passes_is_accepted_and_logged():
     }
 
 
-def test_time_outs_and_errors_are_counted():
+def test_time_outs_and_errors_are_counted(hanging):
     metrics = {}
     reward = AccuracyReward(time_limit=2.0)
-    completions = [r"\boxed{9^{9^{9}}}", r"\boxed{\binom{100000}{50000}}", r"\boxed{1/2}", r"\boxed{1/2}"]
+    completions = [r"\boxed{hang}", r"\boxed{memory}", r"\boxed{1/2}", r"\boxed{1/2}"]
     golds = ["3", "3", "9^{9^{9}}", "1/2"]
     assert reward(completions, golds, log_metric=metrics.__setitem__) == [0.0, 0.0, None, 1.0]
-    assert metrics["reward/timeout"] == 0.5
+    assert metrics["reward/timeout"] == 0.25
     assert metrics["reward/error"] == 0.25
     assert metrics["reward/unparseable_gold"] == 0.25
 
