@@ -71,7 +71,7 @@ def equal(one: Any, other: Any) -> bool:
         for many, single in ((one, other), (other, one)):
             if isinstance(many, Many) and isinstance(single, Scalar):
                 return _same_as_one(many, single)
-    except UndefinedError:
+    except (UndefinedError, UnreadableError):
         return False
     return isinstance(one, str) and one == other
 

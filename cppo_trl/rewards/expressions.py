@@ -23,7 +23,7 @@ FUNCTIONS: dict[str, Callable[..., Number]] = {
 INFINITY = r"\infty"
 _CONSTANTS = {r"\pi": mp.pi, "e": mp.e, "i": mp.mpc(0, 1), INFINITY: mp.inf}
 _HEADS = {"frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK, *ACCENTS}
-_TOKEN = re.compile(r"\d+\.?\d*|\.\d+|\\[a-zA-Z]+|\\.|\S")
+_TOKEN = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|\\.|\S")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
 _AROUND: dict[str, Callable[[Number], Number]] = {
     "|": abs,
@@ -35,7 +35,7 @@ _MAX_BITS = 3000  # of a value; answers are compared to 1,000 digits
 _MAX_FACTORIAL = 400
 
 
-class UnreadableError(ValueError):
+class UnreadableError(Exception):
     """The text is no expression."""
 
 
@@ -112,7 +112,7 @@ class _Evaluator:
     def primary(self) -> Number:
         token = self.take()
         command = token.removeprefix("\\")
-        if token[0].isdigit() or token[0] == ".":
+        if re.match(r"\.?[0-9]", token):
             return self.number(token)
         if token in _CLOSING:
             outer, self.in_bars = self.in_bars, token == "|"
@@ -234,7 +234,7 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
                 value = mpf(0)  # what is left of a difference
             noise = mpf(10) ** (10 - digits) * (1 + abs(mp.re(value)))
             return mp.re(value) if abs(mp.im(value)) <= noise else value
-        except (ArithmeticError, TypeError, RecursionError) as error:
+        except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise UndefinedError from error
 
 

@@ -253,10 +253,11 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
                 part = (below if (sign in ("<", r"\leq")) == name_first else above)(bound, closed)
             region = intersection(region, part)
         return _not_empty(region)
-    if len(sides) > 2 or not all(isinstance(_item(side), Scalar) for side in sides):
+    values = [_item(side) for side in sides]
+    if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
         raise UnreadableError
-    left, right = sides[::-1] if signs[0] in _LESS else sides
-    return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left})-({right})"))
+    left, right = values[::-1] if signs[0] in _LESS else values
+    return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left.text})-({right.text})"))
 
 
 def _not_empty(region: Region) -> Region:
