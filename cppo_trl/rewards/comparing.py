@@ -19,7 +19,7 @@ from cppo_trl.rewards.reading import (
     same_number,
 )
 from cppo_trl.rewards.regions import Region
-from cppo_trl.rewards.text import normalise
+from cppo_trl.rewards.text import normalise, squash
 from cppo_trl.rewards.units import units_agree
 
 SHOWN_CHARS = 200
@@ -41,7 +41,7 @@ def compare(gold_text: str, answer_text: str) -> tuple[str, str | None, str | No
     except UnreadableError:
         return "unparseable_gold", None, None
     except UndefinedError:
-        same = (shown := normalise(gold_text)) == normalise(answer_text)
+        same = (shown := squash(normalise(gold_text))) == squash(normalise(answer_text))
         return ("equal", shown[:SHOWN_CHARS], shown[:SHOWN_CHARS]) if same else ("unparseable_gold", None, None)
     try:
         answer, answer_shown = read(answer_text)
@@ -141,7 +141,7 @@ def _proportional(one: Relation, other: Relation) -> bool:
     if left.symbols != right.symbols:
         return False
     try:
-        ratios = [left.value(place=place) / right.value(place=place) for place in range(POINTS)]
+        ratios = [left.value(place=place) / right.value(place=place) for place in range(4)]
     except ZeroDivisionError:
         return False
     same = abs(ratios[0]) > 1e-30 and all(close(ratio, ratios[0], 50) for ratio in ratios)

@@ -5,6 +5,7 @@ A text is split at its separators and relations, units are taken off, and what r
 tasks that are not carried out (integrals, sums, limits): repeating the question earns nothing.
 """
 
+import contextlib
 import re
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, reduce
@@ -15,10 +16,11 @@ from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
 from cppo_trl.rewards.regions import EMPTY, REALS, Region, above, below, difference, intersection, point, union
-from cppo_trl.rewards.text import NUMBER, normalise
+from cppo_trl.rewards.text import NUMBER, normalise, squash
 from cppo_trl.rewards.units import SCALES, Unit, known_unit, unit_of
 
-POINTS = 4  # at which expressions in symbols are compared
+POINTS = [(0.2, 3), (2, 9), (-3, -0.2), (-30, 30), (50, 500)]  # between which lie the numbers for symbols
+WHOLE_POINTS = 40  # whole numbers on top, for what is rounded
 MAX_DEPTH = 40  # of brackets
 MAX_ITEMS = 200
 
@@ -72,9 +74,9 @@ def _value(text: str, digits: int, place: int) -> Number:
 
 @cache
 def _sample(name: str, place: int) -> Number:
-    """Return a number for a symbol: positive at the first two points, negative at the third, of either sign after."""
-    number = mpf(Random(f"{name} {place}").uniform(0.2, 3))
-    return number if place < 2 or (place > 2 and Random(name).random() < 0.5) else -number
+    if place >= len(POINTS):
+        return mpf(place - len(POINTS) + Random(name).randint(1, 9))
+    return mpf(Random(f"{name} {place}").uniform(*POINTS[place]))
 
 
 @lru_cache(maxsize=16384)
@@ -96,7 +98,7 @@ def read(text: str) -> tuple[Any, str]:
     _depths(text)  # the brackets match
     if not re.search(r"\w|\\infty", text) and not _known_words(text):
         raise UnreadableError
-    return _statements(text), text
+    return _statements(text), squash(text)
 
 
 _PARTS = re.compile(r'"[^"]*"|\\begin\{[a-z]*\*?\}|\\end\{[a-z]*\*?\}|\\[a-zA-Z]+|\\.|.')
@@ -144,9 +146,7 @@ def _statements(text: str) -> Any:
 
 def _words(text: str) -> str:
     plain = text.replace('"', "").strip(" .,;:!")
-    if re.search(r"[\\^_=]", plain):
-        return re.sub(r"\s+", "", plain)
-    return re.sub(r"^(?:the|an?) ", "", " ".join(plain.lower().split()))
+    return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
 
 
 _NUMERALS = (
@@ -234,7 +234,18 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
             raise UnreadableError
         if not same_number(left, right):
             raise UndefinedError  # 2 + 2 = 5
+    for rounded in values[exact + 1 :]:
+        if not (isinstance(rounded, Scalar) and is_near(values[exact], rounded)):
+            raise UndefinedError
     return Named(name, values[exact]) if name else values[exact]
+
+
+def is_near(exact: Any, rounded: Scalar) -> bool:
+    """Tell whether a decimal differs from a number by less than its last place; true of what is no decimal."""
+    decimal = DECIMAL.fullmatch(rounded.text)
+    if not decimal or not isinstance(exact, Scalar) or exact.symbols:
+        return True
+    return abs(exact.value() - rounded.value()) <= mpf(10) ** (int(decimal[5] or 0) - len(decimal[3]))
 
 
 def _inequality(sides: list[str], signs: list[str]) -> Any:
@@ -267,14 +278,17 @@ def _not_empty(region: Region) -> Region:
 
 
 def same_number(left: Scalar, right: Scalar) -> bool:
-    """Tell whether two expressions have one value: at the points where both are real, or else at all of them."""
-    places = range(POINTS if left.symbols or right.symbols else 1)
-    pairs = {place: (left.value(50, place), right.value(50, place)) for place in places}
-    real_places = [place for place, (a, b) in pairs.items() if mp.im(a) == 0 == mp.im(b)]
-    compared = real_places if len(real_places) > 1 else list(places)
-    last, digits = compared[-1], 1000 if len(places) == 1 else 100
-    same = all(close(*pairs[place], 50) for place in compared)
-    return same and close(left.value(digits, last), right.value(digits, last), digits)
+    """Tell whether two expressions have one value: at the points where both are real, or else where both have one."""
+    symbolic, rounded = left.symbols | right.symbols, r"\l" in re.sub(r"\\l[^fc]", "", left.text + right.text)
+    pairs = {}
+    for place in range(len(POINTS) + WHOLE_POINTS * rounded if symbolic else 1):
+        with contextlib.suppress(UndefinedError):
+            pairs[place] = left.value(50, place), right.value(50, place)
+    real_pairs = {place: pair for place, pair in pairs.items() if mp.im(pair[0]) == 0 == mp.im(pair[1])}
+    pairs = real_pairs if len(real_pairs) > 1 else pairs
+    place, digits = min(pairs, default=0), 100 if symbolic else 1000
+    same = bool(pairs) and all(close(*pair, 50) for pair in pairs.values())
+    return same and close(left.value(digits, place), right.value(digits, place), digits)
 
 
 def close(left: Number, right: Number, digits: int) -> bool:
@@ -282,7 +296,9 @@ def close(left: Number, right: Number, digits: int) -> bool:
     with mp.workdps(digits):
         if mp.isinf(left) or mp.isinf(right):
             return bool(left == right)
-        return bool(abs(left - right) <= mpf(10) ** (15 - digits) * max(1, abs(left), abs(right)))
+        small, large = sorted([abs(left), abs(right)])
+        noise = mpf(10) ** (15 - digits)
+        return bool(abs(left - right) <= noise * large or large <= noise * (1 if small == 0 else 1e-10))
 
 
 def real(value: Any) -> Number | None:
@@ -405,6 +421,9 @@ _PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"
 _NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
 
 
+_PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{5,})")
+
+
 def _strip_unit(text: str) -> tuple[str, str]:
     """Take the unit off a value; returns the value and the words of the unit, if any."""
     if tail := _PERCENT.fullmatch(text):
@@ -424,7 +443,8 @@ def _strip_unit(text: str) -> tuple[str, str]:
         raise UnreadableError
     word = re.split(r"[^a-zA-Z]", unit)[0]
     known = (spaced or len(word) > 1) and (known_unit(word) or word in ("st", "nd", "rd", "th"))
-    return (value, unit) if known or '"' in text or (spaced and re.search("[a-zA-Z]{3}", unit)) else (text, "")
+    word_like = re.search("[a-zA-Z]{3}" if spaced else r"\([^)]*[a-zA-Z]{4}", text)
+    return (value, unit) if known or '"' in text or word_like else (text, "")
 
 
 DECIMAL = re.compile(
@@ -434,6 +454,8 @@ DECIMAL = re.compile(
 
 def _scalar(text: str) -> Scalar:
     value, unit = _strip_unit(text)
+    if _PROSE.search(value):
+        raise UnreadableError
     first, _, rest = unit.partition(" ")
     if first.lower() in SCALES:
         value, unit = f"({value})*{SCALES[first.lower()]}", rest

@@ -43,7 +43,7 @@ _STYLE = re.compile(
 )
 _DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _LEAD_IN = re.compile(
-    r"(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*$|^\W*$", re.IGNORECASE
+    r"[^\d:]*(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*|\W*", re.IGNORECASE
 )
 _DOUBT = re.compile(
     r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE
@@ -126,11 +126,16 @@ def normalise(text: str) -> str:
     return text if text.endswith(r"\.") else text.rstrip(" .,;:")
 
 
+def squash(text: str) -> str:
+    """Return a text without the spaces that change nothing."""
+    return re.sub(r"\s*([^\w\s\\])\s*|\s+(?=\\)", r"\1", text)
+
+
 def _out_of_prose(text: str) -> str:
     """Take one formula out of the sentence that gives it as the answer; no other sentence gives up its formulas."""
     formulas = list(_DELIMITED.finditer(text))
     if len(formulas) == 1:
         before, after = text[: formulas[0].start()], text[formulas[0].end() :]
-        if _LEAD_IN.search(before) and not _DOUBT.search(before) and _UNIT_BEHIND.fullmatch(after):
+        if _LEAD_IN.fullmatch(before) and not _DOUBT.search(before) and _UNIT_BEHIND.fullmatch(after):
             text = formulas[0][0] + after
     return _DELIMITED.sub(lambda m: f" {m[1] or m[2] or m[3]} ", text).strip()
