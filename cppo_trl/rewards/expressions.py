@@ -89,8 +89,10 @@ class _Evaluator:
                 return value
 
     def starts_factor(self) -> bool:
-        """Tell whether a factor follows without a sign of multiplication; a number does not: ``x2`` is no product."""
+        """Tell whether a factor follows without a sign of multiplication; a number only behind ``)``, not as in ``x2``."""
         token = self.peek()
+        if token[:1].isdigit():
+            return self.tokens[self.at - 1] == ")"
         return token != "|" * self.in_bars and (token in _CLOSING or token.isalpha() or token[1:] in _HEADS)
 
     def signed(self) -> Number:

@@ -13,7 +13,7 @@ import pytest
 
 from cppo_trl.rewards.comparing import compare
 
-ROUNDS = int(os.environ.get("REWARD_CASES", "2000"))
+ROUNDS = int(os.environ.get("REWARD_CASES", "2000")) // 2
 SEED = int(os.environ.get("REWARD_SEED", "0"))
 pytestmark = pytest.mark.timeout(1800)
 

@@ -1,8 +1,8 @@
 r"""Answers whose truth comes from how they are made: a value is built first and written second.
 
 Every kind below draws a value, writes it in one of several ways, and changes it to another value. An answer that
-restates the gold's value is to be accepted, one that states a changed value is not. ``make test-rewards`` sets
-``REWARD_CASES`` to 100000.
+restates the gold's value is to be accepted, one that states a changed value is not. Half of the cases are of
+each sort; ``make test-rewards`` has 200,000.
 """
 
 import math
@@ -15,7 +15,7 @@ import pytest
 
 from cppo_trl.rewards import accuracy_reward
 
-CASES = int(os.environ.get("REWARD_CASES", "2000"))
+CASES = int(os.environ.get("REWARD_CASES", "4000"))
 SEED = int(os.environ.get("REWARD_SEED", "0"))
 LETTERS = "abkmnpqrstuvwxyz"
 pytestmark = pytest.mark.timeout(1800)
