@@ -32,7 +32,20 @@ PIECES = [
     *"0123456789xyniefAB+-*/^_=<>()[]{}|!%,.;:'&$ ",
     *r"\frac{ \sqrt{ \pi \infty \pm \leq \geq \neq \in \cup \cap \emptyset \mathbb{R} \{ \} \ldots \text{ \circ \% \cdot".split(),
     *r"\sin \ln \left( \right) \mid \approx \boxed{ \begin{pmatrix} \end{pmatrix} \\ \mp \bar \vec \gamma \binom{ \lfloor".split(),
-    *["and", " or ", "x=", "=x", " cm", " million", "no solution", "all real numbers", "nan", "inf", "true", "A, B, C"],
+    *[
+        "and",
+        " or ",
+        "x=",
+        "=x",
+        " cm",
+        " million",
+        "no solution",
+        "all real numbers",
+        "nan",
+        "inf",
+        "true",
+        "A, B, C",
+    ],
 ]
 
 

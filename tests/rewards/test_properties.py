@@ -53,7 +53,11 @@ def draw_number(rng):
 
 def change_number(value, rng):
     changes = [value + 1, value - 1, -value, 2 * value, value / 10, value * 10, value + Fraction(1, 7), value * value]
-    changes += [1 / value if value else value + 2, Fraction(value.denominator, value.numerator or 1), value + Fraction(1, 1000)]
+    changes += [
+        1 / value if value else value + 2,
+        Fraction(value.denominator, value.numerator or 1),
+        value + Fraction(1, 1000),
+    ]
     return rng.choice([other for other in changes if other != value])
 
 
@@ -78,13 +82,24 @@ def squarefree(number):
 def draw_radical(rng):
     """A value (a + b √c) / d with c squarefree and above 1."""
     inside = squarefree(rng.choice([2, 3, 5, 6, 7, 10, 11, 13, 15, 21, 30]))[1]
-    return Fraction(rng.randint(-9, 9)), Fraction(rng.choice([-5, -3, -2, -1, 1, 2, 3, 4]), rng.choice([1, 1, 2, 3])), inside
+    return (
+        Fraction(rng.randint(-9, 9)),
+        Fraction(rng.choice([-5, -3, -2, -1, 1, 2, 3, 4]), rng.choice([1, 1, 2, 3])),
+        inside,
+    )
 
 
 def write_radical(value, rng):
     a, b, c = value
     k = rng.choice([1, 1, 2, 3])
-    root = rng.choice([rf"\sqrt{{{c * k * k}}}", rf"\sqrt {{{c * k * k}}}", f"({c * k * k})^{{1/2}}", rf"{{{c * k * k}}}^{{\frac12}}"])
+    root = rng.choice(
+        [
+            rf"\sqrt{{{c * k * k}}}",
+            rf"\sqrt {{{c * k * k}}}",
+            f"({c * k * k})^{{1/2}}",
+            rf"{{{c * k * k}}}^{{\frac12}}",
+        ]
+    )
     b /= k
     if a == 0 and b.numerator == 1 and rng.random() < 0.3:
         return rf"\frac{{{root}}}{{{b.denominator}}}" if b.denominator > 1 else root
@@ -100,7 +115,16 @@ def write_radical(value, rng):
 
 def change_radical(value, rng):
     a, b, c = value
-    return rng.choice([(a + 1, b, c), (a, -b, c), (a, b + 1 or Fraction(2), c), (a, b, {2: 3, 3: 5}.get(c, 2)), (a, 2 * b, c), (-a - 1, b, c)])
+    return rng.choice(
+        [
+            (a + 1, b, c),
+            (a, -b, c),
+            (a, b + 1 or Fraction(2), c),
+            (a, b, {2: 3, 3: 5}.get(c, 2)),
+            (a, 2 * b, c),
+            (-a - 1, b, c),
+        ]
+    )
 
 
 def draw_interval(rng):
@@ -171,19 +195,32 @@ def write_set(value, rng):
     items = [fraction(item, rng, separators=False) for item in rng.sample(sorted(value), len(value))]
     last = rng.choice([", ", r" \text{ and } ", " and ", ", and "])
     bare = ", ".join(items[:-1]) + last + items[-1]
-    return rng.choice([r"\{" + ", ".join(items) + r"\}", r"\left\{" + ",".join(items) + r"\right\}", bare, "; ".join(items)])
+    return rng.choice(
+        [r"\{" + ", ".join(items) + r"\}", r"\left\{" + ",".join(items) + r"\right\}", bare, "; ".join(items)]
+    )
 
 
 def change_set(value, rng):
     items = sorted(value)
     item = rng.choice(items)
     other = change_number(item, rng)
-    return rng.choice([value - {item}, value | {other + 1000}, (value - {item}) | {other}]) if other not in value else value - {item}
+    return (
+        rng.choice([value - {item}, value | {other + 1000}, (value - {item}) | {other}])
+        if other not in value
+        else value - {item}
+    )
 
 
 def write_tuple(value, rng):
     items = [fraction(item, rng, separators=False) for item in value]
-    return rng.choice(["({})", r"\left({}\right)", r"\langle {} \rangle", r"(x,y{})=({{}})".format(",z" * (len(items) - 2)) if len(items) < 4 else "({})"]).format(rng.choice([", ", ","]).join(items))
+    return rng.choice(
+        [
+            "({})",
+            r"\left({}\right)",
+            r"\langle {} \rangle",
+            r"(x,y{})=({{}})".format(",z" * (len(items) - 2)) if len(items) < 4 else "({})",
+        ]
+    ).format(rng.choice([", ", ","]).join(items))
 
 
 def change_tuple(value, rng):
@@ -199,7 +236,9 @@ def change_tuple(value, rng):
 
 def draw_matrix(rng):
     rows, columns = rng.randint(1, 3), rng.randint(2, 3)
-    return tuple(tuple(Fraction(rng.randint(-9, 9), rng.choice([1, 1, 2])) for _ in range(columns)) for _ in range(rows))
+    return tuple(
+        tuple(Fraction(rng.randint(-9, 9), rng.choice([1, 1, 2])) for _ in range(columns)) for _ in range(rows)
+    )
 
 
 def write_matrix(value, rng):
@@ -224,7 +263,9 @@ def draw_polynomial(rng):
     letters = tuple(rng.sample(LETTERS, 2))
     terms = {}
     while len(terms) < rng.randint(2, 3):
-        terms[rng.randint(0, 3), rng.randint(0, 2)] = Fraction(rng.choice([n for n in range(-7, 8) if n]), rng.choice([1, 1, 1, 2, 3]))
+        terms[rng.randint(0, 3), rng.randint(0, 2)] = Fraction(
+            rng.choice([n for n in range(-7, 8) if n]), rng.choice([1, 1, 1, 2, 3])
+        )
     if all(powers == (0, 0) for powers in terms):
         terms[1, 1] = Fraction(2)
     return letters, frozenset(terms.items())
@@ -235,7 +276,11 @@ def write_polynomial(value, rng):
     text = ""
     for powers, coefficient in rng.sample(sorted(terms), len(terms)):
         size = abs(coefficient)
-        factors = [letter + (rng.choice([f"^{power}", f"^{{{power}}}"]) if power > 1 else "") for letter, power in zip(letters, powers, strict=True) if power]
+        factors = [
+            letter + (rng.choice([f"^{power}", f"^{{{power}}}"]) if power > 1 else "")
+            for letter, power in zip(letters, powers, strict=True)
+            if power
+        ]
         rng.shuffle(factors)
         letters_text = rng.choice(["", " ", r"\cdot "]).join(factors)
         if size == 1 and factors:
@@ -243,7 +288,9 @@ def write_polynomial(value, rng):
         elif size.denominator > 1 and factors and rng.random() < 0.5:
             term = rf"\frac{{{size.numerator if size.numerator > 1 else ''}{letters_text}}}{{{size.denominator}}}"
         else:
-            term = (f"{size}" if size.denominator == 1 else rf"\frac{{{size.numerator}}}{{{size.denominator}}}") + letters_text
+            term = (
+                f"{size}" if size.denominator == 1 else rf"\frac{{{size.numerator}}}{{{size.denominator}}}"
+            ) + letters_text
         text += ("-" if coefficient < 0 else "+" if text else "") + term
     if rng.random() < 0.2:
         factor = rng.randint(2, 4)
@@ -279,8 +326,14 @@ def write_line(value, rng):
     term = lambda n, x: ("-" if n == -1 else "" if n == 1 else str(n)) + x  # noqa: E731
     plus = lambda n, x: ("+" if n > 0 else "") + term(n, x)  # noqa: E731
     slope, offset = Fraction(-value[0], value[1]), Fraction(value[2], value[1])
-    forms = [f"{term(a, 'x')}{plus(b, 'y')}={c}", f"{c} = {term(b, 'y')}{plus(a, 'x')}", f"{term(a, 'x')}{plus(b, 'y')}{-c:+}=0" if c else f"{term(a, 'x')}{plus(b, 'y')}=0"]
-    forms.append(rf"y = \frac{{{slope.numerator}}}{{{slope.denominator}}}x + \frac{{{offset.numerator}}}{{{offset.denominator}}}")
+    forms = [
+        f"{term(a, 'x')}{plus(b, 'y')}={c}",
+        f"{c} = {term(b, 'y')}{plus(a, 'x')}",
+        f"{term(a, 'x')}{plus(b, 'y')}{-c:+}=0" if c else f"{term(a, 'x')}{plus(b, 'y')}=0",
+    ]
+    forms.append(
+        rf"y = \frac{{{slope.numerator}}}{{{slope.denominator}}}x + \frac{{{offset.numerator}}}{{{offset.denominator}}}"
+    )
     return rng.choice(forms)
 
 
@@ -358,7 +411,9 @@ def write_scientific(value, rng):
     power = math.floor(math.log10(abs(value)) + 1e-9) + rng.randint(-2, 2)
     head = value / Fraction(10) ** power
     text = f"{float(head):.6g}"
-    return text + rng.choice([rf" \times 10^{{{power}}}", rf"\cdot 10^{{{power}}}", f"e{power}", rf"×10^{{{power}}}", f"x10^{power}"])
+    return text + rng.choice(
+        [rf" \times 10^{{{power}}}", rf"\cdot 10^{{{power}}}", f"e{power}", rf"×10^{{{power}}}", f"x10^{power}"]
+    )
 
 
 def draw_complex(rng):
@@ -368,7 +423,12 @@ def draw_complex(rng):
 def write_complex(value, rng):
     a, b = value
     part = ("-" if b == -1 else "" if b == 1 else str(b)) + "i"
-    forms = [f"{a}" + ("+" if b > 0 else "") + part, f"{part}{a:+}", rf"\frac{{{2 * a}{2 * b:+}i}}{{2}}", rf"{a}{b:+}\mathrm{{i}}"]
+    forms = [
+        f"{a}" + ("+" if b > 0 else "") + part,
+        f"{part}{a:+}",
+        rf"\frac{{{2 * a}{2 * b:+}i}}{{2}}",
+        rf"{a}{b:+}\mathrm{{i}}",
+    ]
     return rng.choice(forms)
 
 
@@ -421,7 +481,14 @@ def make_cases(count, seed):
             continue  # names may be left out
         gold, answer = write(value, rng), write(other, rng)
         gold = rng.choice([gold, f"${gold}$", rf"\boxed{{{gold}}}"]) if "$" not in gold else gold
-        form = rng.choice(["So we get \\boxed{%s}.", "First \\boxed{1}. No: $\\boxed{%s}$", "Work.\nAnswer: %s", "**Answer:** $%s$\n"])
+        form = rng.choice(
+            [
+                "So we get \\boxed{%s}.",
+                "First \\boxed{1}. No: $\\boxed{%s}$",
+                "Work.\nAnswer: %s",
+                "**Answer:** $%s$\n",
+            ]
+        )
         answer = form.replace("$%s$", "%s") % answer if "$" in answer else form % answer
         cases.append((kind, gold, answer, right))
     return cases
@@ -434,6 +501,9 @@ def test_restated_values_are_accepted_and_changed_ones_are_not():
     accepted = [case for case, reward in graded if reward == 1.0 and not case[3]]
     refused = [case for case, reward in graded if reward != 1.0 and case[3]]
     counts = Counter((right, reward) for (*_, right), reward in graded)
-    print(f"changed: {sum(not case[3] for case in cases)}, accepted {len(accepted)}; restated refused {len(refused)}", counts)
+    print(
+        f"changed: {sum(not case[3] for case in cases)}, accepted {len(accepted)}; restated refused {len(refused)}",
+        counts,
+    )
     assert accepted == []
     assert len(refused) < 0.005 * sum(case[3] for case in cases), refused[:20]

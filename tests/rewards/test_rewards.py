@@ -171,7 +171,7 @@ def test_audit_finds_what_is_wrong():
     rows = {name: [row for row, _ in found] for name, found in audit.findings.items()}
     assert rows["unusable"] == [5, 6, 7, 8, 11, 12, 20]
     assert rows["unequal"] == rows["indiscriminate"] == []
-    assert rows["verbatim"] == [14, 17, 19]
+    assert rows["verbatim"] == [14, 17, 19, 21]
     assert rows["duplicates"] == [1, 2]
     assert rows["conflicts"] == [2]
     assert rows["ambiguous"] == [3, 4, 13, 15, 16, 17]
