@@ -50,13 +50,14 @@ LATEX = [  # each gold, and another way to write it
 def latex_batch(size: int) -> tuple[list[list[dict[str, str]]], list[str]]:
     """Return conversational completions and boxed golds, made of `LATEX` and random numbers; every other is right."""
     rng = random.Random(0)
-    completions, golds = [], []
+    completions: list[str] = []
+    golds: list[str] = []
     for number in range(size):
         gold, answer = LATEX[number % len(LATEX)]
         a, b, p = rng.randint(2, 60), rng.randint(2, 60), rng.choice([61, 67, 71, 73, 79, 83])
         for text, wrong in ((gold, 0), (answer, number // len(LATEX) % 2)):
             values = {"a": a + wrong, "b": b, "p": p, "-a": -a - wrong, "aap": (a + wrong) ** 2 * p}
-            written = re.sub("<(-?[abp]+)>", lambda match, values=values: str(values[match[1]]), text)
+            written = re.sub("<(-?[abp]+)>", "{\\1}", text.replace("{", "{{").replace("}", "}}")).format(**values)
             (golds if text is gold else completions).append(rf"\boxed{{{written}}}")
     return [[{"role": "assistant", "content": f"We get {text}."}] for text in completions], golds
 

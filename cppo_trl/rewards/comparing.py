@@ -8,7 +8,6 @@ from mpmath import mp, mpf
 from cppo_trl.rewards.expressions import UndefinedError, UnreadableError
 from cppo_trl.rewards.reading import (
     DECIMAL,
-    POINTS,
     Many,
     Named,
     Relation,
@@ -59,20 +58,23 @@ def equal(one: Any, other: Any) -> bool:
         one, other = _as_relation(one), _as_relation(other)
     one, other = (side.value if isinstance(side, Named) else side for side in (one, other))
     try:
-        if isinstance(one, Region) or isinstance(other, Region):
-            regions = region_of(one), region_of(other)
-            return None not in regions and regions[0].equals(regions[1])
-        if isinstance(one, Many) and isinstance(other, Many):
-            return len(one.items) == len(other.items) and _same_items(one, other)
-        if isinstance(one, Scalar) and isinstance(other, Scalar):
-            return _same_scalar(one, other)
-        if isinstance(one, Relation) and isinstance(other, Relation):
-            return one.sign == other.sign and _proportional(one, other)
-        for many, single in ((one, other), (other, one)):
-            if isinstance(many, Many) and isinstance(single, Scalar):
-                return _same_as_one(many, single)
+        return _same(one, other)
     except (UndefinedError, UnreadableError):
         return False
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Region) or isinstance(other, Region):
+        region, another = region_of(one), region_of(other)
+        return region is not None and another is not None and region.equals(another)
+    if isinstance(one, Many) and isinstance(other, Many):
+        return len(one.items) == len(other.items) and _same_items(one, other)
+    if isinstance(one, Many) or isinstance(other, Many):
+        return _same_as_one(one, other) if isinstance(one, Many) else _same_as_one(other, one)
+    if isinstance(one, Scalar) and isinstance(other, Scalar):
+        return _same_scalar(one, other)
+    if isinstance(one, Relation) and isinstance(other, Relation):
+        return one.sign == other.sign and _proportional(one, other)
     return isinstance(one, str) and one == other
 
 
@@ -101,7 +103,9 @@ def _same_items(one: Many, other: Many) -> bool:
     return all(map(equal, one.items, other.items))
 
 
-def _same_as_one(many: Many, single: Scalar) -> bool:
+def _same_as_one(many: Many, single: Any) -> bool:
+    if not isinstance(single, Scalar):
+        return False
     if many.kind == ":" and len(many.items) == 2:  # 2:30 may be a time, or the ratio 1:15
         return _same_scalar(Scalar(f"({many.items[0].text})/({many.items[1].text})"), single)
     return many.kind == "{}" and len(many.items) == 1 and equal(many.items[0], single)

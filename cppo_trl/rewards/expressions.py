@@ -11,8 +11,8 @@ from mpmath import mp, mpf
 
 Number = Any  # mpf, or mpc where it is not real
 GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar".split()
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi "
+    "varphi chi psi omega upsilon Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar".split()
 )
 ACCENTS = set("vec overrightarrow hat bar overline tilde angle triangle".split())
 FUNCTIONS: dict[str, Callable[..., Number]] = {
@@ -25,11 +25,6 @@ _CONSTANTS = {r"\pi": mp.pi, "e": mp.e, "i": mp.mpc(0, 1), INFINITY: mp.inf}
 _HEADS = {"frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK, *ACCENTS}
 _TOKEN = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|\\.|\S")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
-_AROUND: dict[str, Callable[[Number], Number]] = {
-    "|": abs,
-    r"\lfloor": lambda value: _floor(value),
-    r"\lceil": lambda value: -_floor(-value),
-}
 _UNKNOWN_FUNCTIONS = set("fghFGH")
 _MAX_BITS = 3000  # of a value; answers are compared to 1,000 digits
 _MAX_FACTORIAL = 400
@@ -89,7 +84,7 @@ class _Evaluator:
                 return value
 
     def starts_factor(self) -> bool:
-        """Tell whether a factor follows without a sign of multiplication; a number only behind ``)``, not as in ``x2``."""
+        """Tell whether a factor follows without a sign of multiplication: a number only behind ``)``, not as in x2."""
         token = self.peek()
         if token[:1].isdigit():
             return self.tokens[self.at - 1] == ")"
@@ -113,32 +108,39 @@ class _Evaluator:
 
     def primary(self) -> Number:
         token = self.take()
-        command = token.removeprefix("\\")
         if re.match(r"\.?[0-9]", token):
             return self.number(token)
         if token in _CLOSING:
-            outer, self.in_bars = self.in_bars, token == "|"
-            value = self.sum()
-            self.take(_CLOSING[token])
-            self.in_bars = outer
-            return _AROUND.get(token, lambda value: value)(value)
-        if token == r"\frac":
-            return self.argument() / self.argument()
-        if token == r"\binom":
+            return self.group(token)
+        if (token.isascii() and token.isalpha()) or token[1:] in GREEK:
+            return self.name(token)
+        return self.command(token)
+
+    def group(self, opening: str) -> Number:
+        outer, self.in_bars = self.in_bars, opening == "|"
+        value = self.sum()
+        self.take(_CLOSING[opening])
+        self.in_bars = outer
+        if opening in (r"\lfloor", r"\lceil"):
+            return _floor(value) if opening == r"\lfloor" else -_floor(-value)
+        return abs(value) if opening == "|" else value
+
+    def command(self, token: str) -> Number:
+        if token in (r"\frac", r"\binom"):
             top, bottom = self.argument(), self.argument()
-            return _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
+            return (
+                top / bottom if token == r"\frac" else _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
+            )
         if token == r"\sqrt":
             degree = self.primary() if self.peek() == "[" else mpf(2)
             return _root(self.primary(), degree)
-        if token[0] == "\\" and command in FUNCTIONS:
-            return self.function(command)
-        if token in (r"\pi", INFINITY):
-            return +_CONSTANTS[token]
-        if command in ACCENTS:
+        if token[1:] in FUNCTIONS:
+            return self.function(token[1:])
+        if token[1:] in ACCENTS:
             return self.name(token + self.raw())
-        if (token.isascii() and token.isalpha()) or command in GREEK:
-            return self.name(token)
-        raise UnreadableError
+        if token not in _CONSTANTS:
+            raise UnreadableError
+        return +_CONSTANTS[token]
 
     def number(self, token: str) -> Number:
         value = mpf(token)

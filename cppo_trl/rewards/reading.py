@@ -9,6 +9,7 @@ import contextlib
 import re
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache, reduce
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -45,7 +46,7 @@ class Scalar:
 
 @dataclass(frozen=True)
 class Many:
-    """Several values: ``","`` (a bare list), ``"{}"``, ``"()"`` and other brackets, ``"matrix"``, ``"row"``, ``":"``."""
+    """Several values: ``","`` (a bare list), ``"{}"``, ``"()"`` and the like, ``"matrix"``, ``"row"``, ``":"``."""
 
     kind: str
     items: tuple[Any, ...]
@@ -61,7 +62,7 @@ class Named:
 
 @dataclass(frozen=True)
 class Relation:
-    r"""An equation or inequality that is not solved: ``left`` minus ``right`` is ``=``, ``<``, ``\leq`` or ``\neq`` 0."""
+    r"""An equation or inequality that is not solved: the difference is ``=``, ``<``, ``\leq`` or ``\neq`` 0."""
 
     sign: str
     difference: Scalar
@@ -109,7 +110,7 @@ def _depths(text: str) -> list[tuple[str, int]]:
     """Return the parts of a text, each with the depth of the brackets around what follows; raises UnreadableError."""
     parts, depth = [], 0
     for part in _PARTS.findall(text):
-        depth += _BRACKETS[part[:4]] if part[:4] in _BRACKETS else 0
+        depth += _BRACKETS.get(part[:4], 0)
         if not 0 <= depth <= MAX_DEPTH:
             raise UnreadableError
         parts.append((part, depth))
@@ -178,10 +179,9 @@ def _together(values: list[Any], separators: set[str]) -> Any:
             return reduce(union, regions)
         if separators == {"and"} or all(region.inside == (True, False, True) for region in regions):
             return _not_empty(reduce(intersection, regions))
-    first = items[0]
-    if isinstance(first, Named):  # x = 1, 2 and x = 1 or x = 2
-        if all(item.name == first.name if isinstance(item, Named) else isinstance(item, Scalar) for item in items):
-            items = [item.value if isinstance(item, Named) else item for item in items]
+    names = {item.name if isinstance(item, Named) else isinstance(item, Scalar) or None for item in items}
+    if isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
+        items = [item.value if isinstance(item, Named) else item for item in items]
     return Many(",", tuple(items))
 
 
@@ -229,7 +229,7 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
     elif len(sides) == 2 and (values[0].symbols or values[1].symbols):
         return Relation("=", Scalar(f"({values[0].text})-({values[1].text})"))
     exact = signs.index(r"\approx") if r"\approx" in signs else len(signs)
-    for left, right in zip(values, values[1 : exact + 1], strict=False):
+    for left, right in pairwise(values[: exact + 1]):
         if not isinstance(left, Scalar) or not isinstance(right, Scalar) or left.symbols | right.symbols:
             raise UnreadableError
         if not same_number(left, right):
@@ -301,7 +301,7 @@ def close(left: Number, right: Number, digits: int) -> bool:
         return bool(abs(left - right) <= noise * large or large <= noise * (1 if small == 0 else 1e-10))
 
 
-def real(value: Any) -> Number | None:
+def real(value: Any) -> Any:
     """Return the value of a real constant, None of anything else."""
     number = value.value() if isinstance(value, Scalar) and not value.symbols else 1j
     return number if mp.im(number) == 0 else None
@@ -319,13 +319,10 @@ _FACTORS = "abcdeiklmnorstuvxyz"  # before parentheses a factor, unless these ho
 
 
 def _name(text: str) -> str | None:
-    """Return the name that a text is, or None: a letter, a call, a segment, a derivative, words, a tuple of letters."""
+    """Return the name that a text is: a letter, a call, a segment, a derivative, words or a tuple of letters."""
     name = _NAME.fullmatch(text)
-    if not name or (
-        name["call"] and text[0] in _FACTORS and not re.fullmatch(r"\s*\(\s*(?:t|\d+)\s*\)", name["call"])
-    ):
-        return None
-    return re.sub(r'[\s{}"]', "", text)
+    product = name and name["call"] and text[0] in _FACTORS and not re.fullmatch(r" *\( *(?:t|\d+) *\)", name["call"])
+    return re.sub(r'[\s{}"]', "", text) if name and not product else None
 
 
 _SET_SIGNS = {r"\cup": union, r"\cap": intersection, r"\setminus": difference}
@@ -337,17 +334,7 @@ def _item(text: str) -> Any:
         return known
     pieces, signs = _split(text, r"\\(?:cup|cap|setminus)(?![a-zA-Z])")
     if signs:
-        values = [_item(piece) for piece in pieces]
-        regions = [region_of(value) for value in values]
-        if None not in regions:
-            return reduce(
-                lambda region, step: _SET_SIGNS[step[0]](region, step[1]),
-                zip(signs, regions[1:], strict=True),
-                regions[0],
-            )
-        if set(signs) != {r"\cup"}:
-            raise UnreadableError
-        return Many("{}", tuple(values))
+        return _set_operation([_item(piece) for piece in pieces], signs)
     if r"\begin" in text:
         return _matrix(text)
     parts = _depths(text)
@@ -355,23 +342,41 @@ def _item(text: str) -> Any:
         value = _bracketed(parts[0][0], text[len(parts[0][0]) : -len(parts[-1][0])].strip(), parts[-1][0])
         if value is not None:
             return value
-    if re.match(r'[a-zA-Z"]', text) and not re.search(r"[\\^_=+*/<>|]", text):
-        if '"' in text or re.fullmatch("[Nn]o|.*[a-zA-Z]{3}.*", text) and re.search("[aeiouyAEIOUY]", text):
-            return _words(text)
-    if re.fullmatch(r"\d\w*_(?:\{\d+\}|\d+)", text):
-        return re.sub(r"[{}]", "", text)  # 101_2: a number in another base equals itself only
+    return _words(text) if _WORDS.fullmatch(text) else _number(text)
+
+
+_WORDS = re.compile(
+    r"\d\w*_(?:\{\d+\}|\d+)"  # 101_2: a number in another base equals itself only
+    r'|(?=[a-zA-Z"])(?:(?=.*")|[Nn]o$|(?=.*[a-zA-Z]{3})(?=.*[aeiouyAEIOUY]))[^\\^_=+*/<>|]*'
+)
+
+
+def _number(text: str) -> Any:
+    """Read a scalar or a ratio; two numbers that may be a time stay apart."""
     pieces, signs = _split(text, ":")
+    if not signs:
+        return _scalar(text)
     if len(signs) == 1 and not re.fullmatch(r"\d{1,2}\s*:\s*[0-5]\d\b.*", text):
         return _scalar(f"({pieces[0]})/({pieces[1]})")
-    return Many(":", tuple(_scalar(piece) for piece in pieces)) if signs else _scalar(text)
+    return Many(":", tuple(_scalar(piece) for piece in pieces))
+
+
+def _set_operation(values: list[Any], signs: list[str]) -> Any:
+    regions = [region_of(value) for value in values]
+    result = regions[0]
+    for sign, region in zip(signs, regions[1:], strict=True):
+        result = result and region and _SET_SIGNS[sign](result, region)
+    if result is None and set(signs) != {r"\cup"}:
+        raise UnreadableError
+    return result or Many("{}", tuple(values))
 
 
 def region_of(value: Any) -> Region | None:
     """Return a value as a set of real numbers, or None if it is none."""
     if isinstance(value, Region) or not isinstance(value, Many):
         return value if isinstance(value, Region) else None
-    ends = [real(item) for item in value.items]
-    if None in ends or not ends:
+    ends = [end for item in value.items if (end := real(item)) is not None]
+    if not ends or len(ends) < len(value.items):
         return None
     if value.kind == "{}":
         return reduce(union, map(point, ends))

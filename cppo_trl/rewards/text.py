@@ -29,8 +29,8 @@ _COMMANDS = {
         "|": "mid vert lvert rvert", r"\ldots ": "dots cdots dotsc dotsb", " or ": "lor vee", " and ": "land wedge",
         ":": "colon", r"^\circ ": "degree", r"\approx ": "simeq", r"\setminus ": "backslash smallsetminus",
         r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "bullet", "*": "ast", "i": "imath",
-        "ℝ": "R reals Reals", " ": "quad qquad thinspace space", "": "left right displaystyle textstyle limits big Big "
-        "bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr bf rm it sf tt bold normalsize nonumber",
+        "ℝ": "R reals Reals", " ": "quad qquad thinspace space", "": "left right displaystyle textstyle limits "
+        "big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr bf rm it sf tt bold normalsize nonumber",
     }.items()
     for alias in aliases.split()
 }  # fmt: skip
@@ -104,6 +104,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![_^]\d)(?<!\\frac \d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ", "),
     (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
     (r"^\\approx\s*", ""),
+    (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
 ]
 _RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 _BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])")

@@ -8,7 +8,7 @@ SCALES = {"dozen": 12, "hundred": 10**2, "thousand": 10**3, "million": 10**6, "b
 _NAMES = {
     alias: names.split()[0]
     for names in (
-        "m meter metre|inch inche in|ft foot feet|yd yard|mi mile|g gram gramme|lb pound|oz ounce|s second sec|min minute|"
+        "m meter metre|inch inche in|ft foot feet|yd yard|mi mile|g gram|lb pound|oz ounce|s second sec|min minute|"
         "h hour hr|day|week|month|year yr|L l liter litre|dollar|euro|rupee|cent|yuan|degree|gal gallon|rad radian|"
         "Hz hertz|W watt|V volt|A amp ampere|J joule|N newton|Pa pascal|eV|K kelvin|B byte|bit|mol mole|cal calorie|"
         "Ω ohm|am a.m|pm p.m|unit|rpm|mi/h mph|km/h kmh kph|%"
@@ -39,9 +39,9 @@ def known_unit(word: str) -> str | None:
         for singular in (name, name.removesuffix("s")):
             if singular in _NAMES:
                 return _NAMES[singular]
-            for base in _PREFIXES:
+            for base, prefixes in _PREFIXES.items():
                 prefix = singular.removesuffix(base)
-                if prefix != singular and prefix in _PREFIXES[base]:
+                if prefix != singular and prefix in prefixes:
                     return _SHORT.get(prefix, prefix) + _NAMES[base]
     return None
 
@@ -53,8 +53,8 @@ def unit_of(phrase: str) -> Unit:
     for part in re.split(r"\s*/\s*|\s+per\s+", phrase.strip(" .")):
         power = ""
         units = []
-        for word in re.split(r"[\s-]+", part):
-            word, _, exponent = word.strip(".").partition("^")
+        for spelled in re.split(r"[\s-]+", part):
+            word, _, exponent = spelled.strip(".").partition("^")
             if word.lower() in _POWERS:
                 power = _POWERS[word.lower()]
             elif word.lower() not in _IDLE or word == "in":
@@ -68,5 +68,5 @@ def unit_of(phrase: str) -> Unit:
 
 
 def units_agree(one: Unit | None, other: Unit | None) -> bool:
-    """Tell whether two values can be of one unit: if one names none, or both the same, or phrases with a common word."""
+    """Tell whether two values can be of one unit: one has none, or both the same, or phrases with a common word."""
     return one is None or other is None or bool(one & other) or any(u.startswith("unit") for u in one ^ other)

@@ -16,6 +16,7 @@ from cppo_trl.rewards.comparing import compare
 ROUNDS = int(os.environ.get("REWARD_CASES", "2000")) // 2
 SEED = int(os.environ.get("REWARD_SEED", "0"))
 pytestmark = pytest.mark.timeout(1800)
+# ruff: noqa: E501
 
 GOLDS = r"""
 0 | 1 | -1 | 2 | 3 | 4 | 5 | 7 | 12 | 25 | 144 | -6 | 2024 | 1000000 | 0.25 | 3.14 | -0.7 | 0.333333 | \frac{1}{3} + 1 | \frac{5}{8} | -\frac{7}{9} |

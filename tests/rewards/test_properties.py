@@ -332,7 +332,8 @@ def write_line(value, rng):
         f"{term(a, 'x')}{plus(b, 'y')}{-c:+}=0" if c else f"{term(a, 'x')}{plus(b, 'y')}=0",
     ]
     forms.append(
-        rf"y = \frac{{{slope.numerator}}}{{{slope.denominator}}}x + \frac{{{offset.numerator}}}{{{offset.denominator}}}"
+        rf"y = \frac{{{slope.numerator}}}{{{slope.denominator}}}x"
+        rf" + \frac{{{offset.numerator}}}{{{offset.denominator}}}"
     )
     return rng.choice(forms)
 

@@ -15,8 +15,8 @@ from cppo_trl.rewards import (
     format_reward,
     soft_overlong_punishment,
 )
-from cppo_trl.rewards.__main__ import main
 from cppo_trl.rewards import audit as audit_module
+from cppo_trl.rewards.__main__ import main
 from cppo_trl.rewards.audit import audit_golds
 
 pytestmark = pytest.mark.timeout(120)
