@@ -19,7 +19,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
-CHUNK_CHARS = 1 << 16  # fits the buffer of a socket
 START_LIMIT_S = 120.0
 START_ATTEMPTS = 20  # for workers killed while they start; one that gives up is not tried again
 SEND_LIMIT_S = 10.0
@@ -116,15 +115,10 @@ class _Batch:
         self.settle(pair, Outcome("timeout"))
 
     def take(self, share: int) -> list[Pair]:
-        """Return the next pairs for a worker, one at least if any waits."""
+        """Return the next pairs for a worker; settle those that are given up."""
         chunk: list[Pair] = []
-        room = CHUNK_CHARS
         while self.waiting and len(chunk) < min(CHUNK_ITEMS, share):
-            pair = self.waiting[0]
-            room -= sum(map(len, pair))
-            if room < 0 and chunk:
-                break
-            self.waiting.popleft()
+            pair = self.waiting.popleft()
             if max(self.stuck[text] for text in pair) > 1:
                 self.settle(pair, Outcome("timeout"))
             else:
