@@ -441,7 +441,7 @@ def change_complex(value, rng):
 def write_scaled_pi(value, rng):
     sign, size = "-" * (value < 0), abs(value)
     top, bottom = size.numerator, size.denominator
-    part = f"{top if top > 1 else ''}" + rng.choice([r"\pi", "π", " \\pi"])
+    part = f"{top if top != 1 else ''}" + rng.choice([r"\pi", "π", " \\pi"])
     if bottom == 1:
         return sign + part
     return sign + rng.choice([rf"\frac{{{part}}}{{{bottom}}}", f"{part}/{bottom}", rf"\frac{{{top}}}{{{bottom}}}\pi"])
