@@ -421,7 +421,8 @@ _DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\{?\s
 _STYLED_UNIT = re.compile(
     rf'(.*?[\w)}}!\]])\s*("[^"]+"{_EXPONENT}(?:\s*(?:(?:/|\\cdot)\s*(?:"[^"]+"|[a-zA-Z]+)|"[^"]+"){_EXPONENT})*)'
 )
-_PHRASE = r"[a-zA-Z'-]+\.?(?:[ /.][a-zA-Z'-]+\.?){0,4}"
+_WORD = r"[a-zA-Z']+(?:-[a-zA-Z]{2,})*\.?"  # 3ns-s^2 has no unit
+_PHRASE = rf"{_WORD}(?:[ /.]{_WORD}){{0,4}}"
 _PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))')
 _NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
 
