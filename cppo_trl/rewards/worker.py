@@ -1,8 +1,8 @@
 """The process that compares answers: one JSON line in per chunk, one JSON line out per answer.
 
-:mod:`cppo_trl.rewards.checker` starts it; it never imports torch, and may be killed at any moment. Three things
-end it without its parent's help: the end of its socket, the death of the parent (Linux), and an alarm with the default action, which
-works even while C code holds the interpreter.
+:mod:`cppo_trl.rewards.checker` starts it. It never imports torch, and may be killed at any moment. Three things end it
+without its parent's help: the end of its socket, the death of the parent (Linux), and an alarm with the default
+action, which works even while C code holds the interpreter.
 """
 
 import ctypes
