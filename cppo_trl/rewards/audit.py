@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cppo_trl.rewards.answers import extract_answer, extract_gold
-from cppo_trl.rewards.math import compare_answers, completion_text
+from cppo_trl.rewards.answers import extract_gold
+from cppo_trl.rewards.math import AccuracyReward, compare_answers, completion_text
 from cppo_trl.rewards.reading import read
 
 GOLD_COLUMNS = ("solution", "answer", "final_answer", "ground_truth", "reward_model.ground_truth")
@@ -65,11 +65,11 @@ def audit_golds(
     audit = Audit(rows=len(golds))
     found = audit.findings
     texts = [extract_gold(gold) for gold in golds]
-    own = compare_answers(texts, [extract_answer(rf"\boxed{{{text}}}") for text in texts], progress=progress)
+    own = AccuracyReward().grade([rf"\boxed{{{text}}}" for text in texts], golds, progress)
     changed = compare_answers(texts, [_changed(text or "") for text in texts])
     for row, (text, itself, other) in enumerate(zip(texts, own, changed, strict=True)):
         if text is None or "unparseable_gold" in (itself.why, other.why):
-            found["unusable"].append((row, repr(golds[row])))
+            found["unusable"].append((row, f"unparseable_gold: {golds[row]!r}"))
             continue
         if itself.why != "equal":
             found["unequal"].append((row, f"{itself.why}: {text}"))
