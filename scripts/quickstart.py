@@ -132,6 +132,7 @@ class SecondRun(TrainerCallback):
 
     def __init__(self, arguments: Sequence[str], output_dir: Path) -> None:
         self.output, self.table = output_dir / "output.txt", ""
+        self.bars: list[tqdm] = []
         command = [sys.executable, "-u", str(Path(__file__).with_name("train.py")), *arguments]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -175,6 +176,11 @@ class SecondRun(TrainerCallback):
             self.show()
             time.sleep(0.5)
         self.show()
+
+    def stop(self) -> None:
+        """End the second run if it still goes on, and the progress bars."""
+        self.process.terminate()
+        self.process.wait()
         for bar in self.bars:
             bar.close()
 
@@ -249,8 +255,7 @@ def main() -> None:
         trainer = train(script, config, model, mixture, callbacks=[second], drop_callbacks=[PrinterCallback])
         second.wait()
     finally:
-        second.process.terminate()
-        second.process.wait()
+        second.stop()
     after = held_out(trainer.model, data, config)
     without = held_out(AutoModelForCausalLM.from_pretrained(second_dir), data, config)
 

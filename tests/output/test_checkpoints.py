@@ -100,6 +100,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(make_trainer, tmp_path, died):
 def test_kill_9_and_the_same_command_again(task):
     def arguments(out, *more):
         fields = {"output_dir": task / out, "max_steps": 16, "save_strategy": "steps", "save_steps": 4}
+        fields |= {"num_iterations": 1, "steps_per_generation": 2}  # two updates of each rollout
         fields |= {"save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0}
         fields |= {"reward_funcs": "tests.conftest.digit_reward"}
         words = [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
