@@ -79,7 +79,7 @@ def test_the_compiled_rule_is_the_eager_one():
 @pytest.mark.parametrize("rows", [1, ROWS])  # torch sums a single row by another kernel on CUDA
 @pytest.mark.parametrize("strict", [False, True])
 def test_determinism_mode_gives_the_same_bits(strict, rows):
-    """Strict mode raises where torch has no deterministic kernel: a property of torch, shown as an expected failure."""
+    """Strict mode raises where torch has no deterministic kernel: shown as an expected failure."""
     given = [x[-rows:].to(DEVICE) for x in random_rows(ROWS, WIDTH, seed=2)]
     given[3][:] = True
 
