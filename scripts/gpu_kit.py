@@ -80,7 +80,8 @@ def run(kit: Path, out: Path, device: str) -> int:
     with tarfile.open(kit / "checkout.tar.gz") as archive:
         archive.extractall(work / "checkout", filter="data")
     site, checkout, began = work / "site", work / "checkout", time.monotonic()
-    environment = os.environ | {"PYTHONPATH": f"{site}:{checkout}", "CPPO_TEST_DEVICE": device}
+    paths = [str(site), str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "CPPO_TEST_DEVICE": device}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     if device == "cpu":
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}

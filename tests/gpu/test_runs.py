@@ -48,8 +48,9 @@ def test_one_process_under_a_layout_trains_as_one_without(layout, trained):
     assert len(found["log"]) == len(expected["log"]) == 4
     for name in ("reward", "cppo/topk_mass"):
         assert found["log"][0][name] == pytest.approx(expected["log"][0][name], rel=0.02), name
-    assert found["log"][0]["grad_norm"] == pytest.approx(expected["log"][0]["grad_norm"], rel=0.1)
-    assert all(0 < entry["cppo/divergence/mean"] < 0.05 for entry in found["log"][1:2])
+    for update, name in ((0, "grad_norm"), (1, "cppo/divergence/mean")):
+        assert found["log"][update][name] == pytest.approx(expected["log"][update][name], rel=0.2), name
+    assert found["log"][1]["cppo/divergence/mean"] > 1e-3
     start = tiny_model().state_dict()
     moves = [
         torch.cat([(result["model"][name].float() - start[name]).flatten() for name in sorted(start)])
