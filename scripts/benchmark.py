@@ -1,7 +1,7 @@
 """What the trust region costs: both sides of every comparison alternate in one process.
 
     python scripts/benchmark.py --shape small --rows 8 --length 256  # on a CPU
-    python scripts/benchmark.py --shape 1.7b --bf16 --length 8192 16384  # on a GPU
+    python scripts/benchmark.py --shape 1.7b --bf16 --checkpointing --length 8192 16384  # on a GPU
 
 Parts, all of them unless named after --parts:
 
@@ -13,8 +13,8 @@ length    the rule and its record for one token, by response length
 topk      a Top-K step by K, and by the two ways to score the listed tokens
 accuracy  what two equal policies seem to differ by, by precision
 
-state, step, rollout and topk use a model of Qwen3's kind with random weights, in one of SHAPES, with gradient
-checkpointing, and repeat for each --length.
+state, step, rollout and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for each
+--length.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def qwen3(layers: int, hidden: int, heads: int, vocabulary: int, tied: bool = Tr
 class Bench:
     """TRL's trainer and ours at equal settings, and one made-up batch."""
 
-    def __init__(self, shape: str, rows: int, length: int, bf16: bool) -> None:
+    def __init__(self, shape: str, rows: int, length: int, bf16: bool, checkpointing: bool) -> None:
         self.config = CPPOConfig(
             tempfile.mkdtemp(),
             cppo_divergence="topk_tv",
@@ -150,7 +150,8 @@ class Bench:
             report_to=[],
         )
         model = qwen3(*SHAPES[shape])
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         self.ours, self.host = self._trainer(CPPOTrainer, model), self._trainer(GRPOTrainer, model)  # of one model
         self.vocabulary = model.config.vocab_size
         g = torch.Generator().manual_seed(0)
@@ -323,7 +324,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[R
     if "length" in parts:
         costs += by_length(3 * repeats, 2**12 if tiny else 2**19)
     for length in arguments.length if {"state", "step", "rollout", "topk"} & set(parts) else ():
-        bench = Bench(arguments.shape, arguments.rows, length, arguments.bf16)
+        bench = Bench(arguments.shape, arguments.rows, length, arguments.bf16, arguments.checkpointing)
         where = f"{arguments.rows} x {length}"
         if "state" in parts:
             states.append({"part": f"state, {where}", **bench.state()})
@@ -369,6 +370,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, nargs="+", default=[8192], help="tokens of a response after 64 others")
     parser.add_argument("--repeats", type=int, default=15, help="rounds; three times as many for rule and length")
     parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as in training")
     parser.add_argument("--json", type=Path, default=Path("outputs/benchmark.json"))
     arguments = parser.parse_args()
     costs, states, accuracies = measure(arguments)

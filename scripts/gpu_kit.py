@@ -100,7 +100,7 @@ def run(kit: Path, out: Path, device: str) -> int:
     test = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/gpu", f"--junitxml={out / 'tests.xml'}"]
     steps = [("install", install, 90), ("tests", test, 300)]
     shapes = {"0.6b": ["8192"], "1.7b": ["8192", "16384"]} if device == "cuda" else {"tiny": ["32", "64"]}
-    bench = [sys.executable, "scripts/benchmark.py", "--repeats", "6", "--bf16"]
+    bench = [sys.executable, "scripts/benchmark.py", "--repeats", "6", "--bf16", "--checkpointing"]
     only = ["--shape", next(iter(shapes)), "--parts", "rule", "length", "--json", str(out / "rule.json")]
     steps.append(("rule", [*bench, *only], 60))
     for shape, lengths in shapes.items():
