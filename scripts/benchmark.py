@@ -149,7 +149,8 @@ class Bench:
             bf16=bf16,
             report_to=[],
         )
-        model = qwen3(*SHAPES[shape])
+        with DEVICE:  # billions of weights are drawn there
+            model = qwen3(*SHAPES[shape])
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.ours, self.host = self._trainer(CPPOTrainer, model), self._trainer(GRPOTrainer, model)  # of one model
