@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-gpu test-triton test-vllm gpu-kit lint reference docs build clean
+.PHONY: install quickstart test test-gpu test-triton test-rewards test-vllm gpu-kit lint reference docs build clean
 
 install: .venv/.installed
 
@@ -29,6 +29,9 @@ test-triton: install .triton/.installed  ## TRL's Triton kernels with ours on th
 
 gpu-kit: install  ## what a machine without network needs, in .gpu-kit
 	$(BIN)/python scripts/gpu_kit.py gather
+
+test-rewards: install  ## the math reward against 100,000 changed and 100,000 restated values, and a long search for exploits
+	REWARD_CASES=200000 $(BIN)/python -m pytest -s tests/rewards/test_properties.py tests/rewards/test_adversary.py
 
 test-vllm: .venv-vllm/.installed  ## rollouts by a real vLLM, colocated and a server, on the CPU, in an environment of its own
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 VLLM_ENABLE_V1_MULTIPROCESSING=0 \

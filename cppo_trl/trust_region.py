@@ -154,7 +154,7 @@ class Verdict(NamedTuple):
     prefix: Prefix | None = None
     """Position weights and prefix sums, of a rule that has them"""
     at_bound: Tensor | None = None
-    """``(B, T)`` bool, tokens whose ratio is at a bound or beyond it, of a rule that bounds the ratio"""
+    """``(B, T)`` bool, tokens whose ratio is beyond a bound, of a rule that bounds the ratio"""
 
 
 @torch.no_grad()

@@ -1,31 +1,45 @@
-"""From nothing to a model that CPPO made better at arithmetic: task, warm start, training, evaluation, report.
+"""What a trust region is for: from one warm start, CPPO and no trust region train side by side, a core each.
 
-python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed 1
+    python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed 1
+
+Makes the task and the warm start, trains and evaluates both, and prints a table. Every field of the recipe is a flag.
 """
 
+import argparse
 import json
-import shlex
+import os
+import re
+import signal
+import subprocess
 import sys
 import time
 import warnings
-from dataclasses import astuple, dataclass, field
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: a run takes one core
 
 import datasets
 import torch
 import transformers
+import yaml
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, HfArgumentParser, PrinterCallback, TrainerCallback
 
+from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Accuracy, evaluate
-from cppo_trl.launch.command import one_line_errors, parse
-from cppo_trl.launch.training import ARGUMENT_TYPES, train
+from cppo_trl.launch.command import one_line_errors
+from cppo_trl.launch.training import parse_arguments, train
+from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.hub import push
-from cppo_trl.report.figures import plot_curves
+from cppo_trl.output.run_files import command_line, versions
 from cppo_trl.rewards import accuracy_reward
+
+Log = dict[str, float]
 
 
 @dataclass
@@ -34,34 +48,17 @@ class TaskArguments:
 
     task_dir: str = field(default="outputs/quickstart-task", metadata={"help": "Where data and warm start are kept."})
     terms: int = field(default=6, metadata={"help": "Digits in each sum."})
-    error_rate: float = field(default=0.25, metadata={"help": "Probability of a wrong step in a demonstration."})
+    error_rate: float = field(default=0.15, metadata={"help": "Probability of a wrong step in a demonstration."})
+    forgotten_carry: float = field(
+        default=0.6, metadata={"help": "Probability that a demonstration forgets the carry of a step that adds 9."}
+    )
     warm_start_steps: int = field(default=800, metadata={"help": "Updates of the supervised warm start."})
     train_problems: int = field(default=8000, metadata={"help": "Problems to train on."})
     test_problems: int = field(default=256, metadata={"help": "Held-out problems."})
 
 
-class RolloutProgress(TrainerCallback):
-    """One progress bar over rollouts, with reward and masked share; and the table of the model card."""
-
-    table = ""
-
-    def card_sections(self) -> dict[str, str]:
-        return {"Evaluation": self.table} if self.table else {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar = tqdm(total=round(state.max_steps / args.updates_per_rollout), desc="CPPO training", unit="rollout")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "reward" in logs:
-            self.bar.update()
-            self.bar.set_postfix_str(f"reward {logs['reward']:.3f}, masked {100 * logs.get('cppo/masked', 0):.2f} %")
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
-def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path, datasets.Dataset]:
-    """Make, or find from an earlier run, data and warm start; return both directories and the held-out split."""
+def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
+    """Make data and warm start, or find them from an earlier run; return both directories."""
     directory = Path(task.task_dir) / f"seed-{seed}"
     if task != TaskArguments(task.task_dir):
         directory = directory.with_name("-".join(str(value) for value in (*astuple(task)[1:], "seed", seed)))
@@ -73,113 +70,219 @@ def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path, datasets.D
     if (model / "config.json").exists():
         print(f"Warm start: found in {model}")
     else:
-        print(f"Warm start: supervised training on demonstrations with {task.error_rate:.0%} wrong steps")
+        print(f"Warm start: {task.warm_start_steps} supervised updates on demonstrations that contain errors")
         arithmetic.warm_start(
             model,
             terms=task.terms,
             error_rate=task.error_rate,
+            forgotten_carry=task.forgotten_carry,
             seed=seed,
             exclude=set(test["prompt"]),
             steps=task.warm_start_steps,
+            hidden=64,
         )
-    return data, model, test
+    return data, model
 
 
 def keep_earlier_run(output_dir: Path) -> None:
-    """Move an earlier run out of the way, and say so."""
+    """Move an earlier run out of the way and say so."""
     if output_dir.exists() and any(output_dir.iterdir()):
         kept = output_dir.with_name(f"{output_dir.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         print(f"{output_dir} holds an earlier run: it is kept as {kept}, and a new run is written to {output_dir}")
         output_dir.rename(kept)
 
 
+def without_trust_region(arguments: Sequence[str], output_dir: Path) -> list[str]:
+    """The arguments of the same run with ``trust_region: none``, which refuses the thresholds of other rules."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    for name in (f.name for f in fields(CPPOConfig) if f.name.startswith("cppo_")):
+        parser.add_argument(f"--{name}", nargs="?")
+    known, others = parser.parse_known_args(arguments)
+    recipe = yaml.safe_load(Path(known.config).read_text(encoding="utf-8"))
+    path = output_dir / "recipe.yaml"
+    output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if not name.startswith("cppo_")}))
+    changes = {"config": path, "output_dir": output_dir, "trust_region": "none", "push_to_hub": False}
+    return [*others, *(word for name, value in changes.items() for word in (f"--{name}", str(value)))]
+
+
+def held_out(model: Any, data: Path, config: CPPOConfig) -> Accuracy:
+    """Accuracy on the held-out problems."""
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text(encoding="utf-8").splitlines()]
+    return evaluate(
+        model,
+        arithmetic.tokenizer(),
+        [row["prompt"] for row in rows],
+        [row["solution"] for row in rows],
+        accuracy_reward,
+        temperature=config.temperature,
+        max_new_tokens=config.max_completion_length,
+        seed=config.seed,
+    )
+
+
+class SecondRun(TrainerCallback):
+    """A run of ``scripts/train.py`` in a process of its own; as a callback of the first, it shows how far both are.
+
+    Args:
+        arguments: of the script.
+        output_dir: of the run; what it prints goes to ``output.txt`` there.
+    """
+
+    def __init__(self, arguments: Sequence[str], output_dir: Path) -> None:
+        self.output, self.table = output_dir / "output.txt", ""
+        command = [sys.executable, "-u", str(Path(__file__).with_name("train.py")), *arguments]
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+
+    def card_sections(self) -> dict[str, str]:
+        """The table on the model card of the first run, once it is known."""
+        return {"Evaluation": self.table} if self.table else {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer of the first run."""
+        total = round(args.max_steps / args.updates_per_rollout)
+        self.bars = [tqdm(total=total, desc=f"{name:>15}", unit="rollout") for name in ("CPPO", "no trust region")]
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        """Called by the trainer of the first run."""
+        if "reward" in logs:
+            self.bars[0].update()
+            self.bars[0].set_postfix_str(
+                f"reward {logs['reward']:.3f}, masked {100 * logs.get('cppo/masked', 0):.1f} %"
+            )
+        self.show()
+
+    def show(self) -> None:
+        """Show how far the second run is.
+
+        Raises:
+            RunError: if it has failed.
+        """
+        output = self.output.read_text(encoding="utf-8")
+        rewards = re.findall(r"'reward': '?([\d.]+)", output)
+        if len(rewards) > self.bars[1].n:
+            self.bars[1].update(len(rewards) - self.bars[1].n)
+            self.bars[1].set_postfix_str(f"reward {float(rewards[-1]):.3f}")
+        if self.process.poll():
+            reason = (output.strip() or f"exit status {self.process.returncode}").splitlines()[-1]
+            raise RunError(f"The run without a trust region failed and both are stopped: {reason} ({self.output})")
+
+    def wait(self) -> None:
+        """Show the second run until it has ended."""
+        while self.process.poll() is None:
+            self.show()
+            time.sleep(0.5)
+        self.show()
+        for bar in self.bars:
+            bar.close()
+
+
+def mean(logs: Sequence[Log], name: str) -> float:
+    """Mean of a logged scalar; where it is missing nothing had an advantage, and it counts as 0."""
+    return sum(log.get(name, 0.0) for log in logs) / len(logs)
+
+
+def rewards(logs: Sequence[Log]) -> dict[str, float]:
+    """Training reward of the first and the last rollouts."""
+    return {"reward_first_10": mean(logs[:10], "reward"), "reward_last_10": mean(logs[-10:], "reward")}
+
+
+def draw(path: Path, logs: Sequence[Log], other: Sequence[Log], before: Accuracy) -> None:
+    """Draw the training reward of both runs."""
+    figure = Figure(figsize=(7, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, rows, colour in (("CPPO", logs, "C0"), ("no trust region", other, "C3")):
+        axes.plot(range(1, len(rows) + 1), [row["reward"] for row in rows], color=colour, label=name)
+    axes.axhline(before.avg_at_k, color="grey", linestyle="--", linewidth=1, label="warm start")
+    axes.set(xlabel="rollout", ylabel="share of right answers (training reward)", ylim=(0, 1))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def table(before: Accuracy, after: Accuracy, without: Accuracy, results: Mapping[str, Any]) -> str:
+    """The result in markdown."""
+    accuracies = (before, after, without)
+    rows = {
+        "": ("warm start", "CPPO", "no trust region"),
+        "---": ("---",) * 3,
+        "greedy accuracy": [f"{a.greedy:.3f}" for a in accuracies],
+        "avg@16 (± standard error)": [f"{a.avg_at_k:.3f} ± {a.avg_at_k_stderr or 0:.3f}" for a in accuracies],
+        "training reward, first and last 10 rollouts": [
+            "",
+            *(f"{run['reward_first_10']:.3f} → {run['reward_last_10']:.3f}" for run in (results, results["without"])),
+        ],
+        "tokens masked": ("", f"{100 * results['masked']:.2f} %", "none"),
+    }
+    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+
+
+def rollouts_of(output_dir: Path) -> list[Log]:
+    """The log of a finished run, an entry for each rollout."""
+    history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [row for row in history if "reward" in row]
+
+
 def main() -> None:
     """Run everything and print the table."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the second run must not outlive this one
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()  # of loading and saving; training keeps its bars
-    task, script, config, model_args, mixture = parse((TaskArguments, *ARGUMENT_TYPES))
+    task, arguments = HfArgumentParser(TaskArguments).parse_args_into_dataclasses(return_remaining_strings=True)
+    script, config, model, mixture = parse_arguments(arguments)
     output_dir = Path(config.output_dir)
-    if not config.resume_from_checkpoint:
-        keep_earlier_run(output_dir)
-    data, warm_start, test = prepare_task(task, config.seed)
-    script.dataset_name, model_args.model_name_or_path = str(data), str(warm_start)
-    tokenizer = AutoTokenizer.from_pretrained(warm_start)
+    second_dir = output_dir.with_name(f"{output_dir.name}-without")
+    keep_earlier_run(output_dir)
+    keep_earlier_run(second_dir)
+    data, warm_start = prepare_task(task, config.seed)
+    script.dataset_name, model.model_name_or_path = str(data), str(warm_start)
+    start = ["--dataset_name", str(data), "--model_name_or_path", str(warm_start)]
+    second_arguments = without_trust_region([*arguments, *start], second_dir)
 
-    def held_out(model: Any) -> Accuracy:
-        return evaluate(
-            model,
-            tokenizer,
-            test["prompt"],
-            test["solution"],
-            accuracy_reward,
-            temperature=config.temperature,
-            max_new_tokens=config.max_completion_length,
-            seed=config.seed,
-        )
+    print(f"Evaluating the warm start on {task.test_problems} held-out problems")
+    before = held_out(AutoModelForCausalLM.from_pretrained(warm_start), data, config)
+    second = SecondRun(second_arguments, second_dir)
+    try:
+        trainer = train(script, config, model, mixture, callbacks=[second], drop_callbacks=[PrinterCallback])
+        second.wait()
+    finally:
+        second.process.terminate()
+        second.process.wait()
+    after = held_out(trainer.model, data, config)
+    without = held_out(AutoModelForCausalLM.from_pretrained(second_dir), data, config)
 
-    print(f"Evaluating the warm start on {len(test)} held-out problems")
-    before = held_out(AutoModelForCausalLM.from_pretrained(warm_start))
-    progress = RolloutProgress()
-    trainer = train(script, config, model_args, mixture, callbacks=[progress], drop_callbacks=[PrinterCallback])
-    print("Evaluating the trained model")
-    after = held_out(trainer.model)
-
-    history = [row for row in trainer.state.log_history if "reward" in row]
-    rewards = [row["reward"] for row in history]
-
-    def share(name: str) -> float:
-        return sum(row.get(f"cppo/{name}", 0.0) for row in history) / len(history)
-
-    masked = {name: share(name) for name in ("masked", "masked_by_threshold", "masked_by_budget")}
+    logs, other = rollouts_of(output_dir), rollouts_of(second_dir)
     results = {
         "before": before.as_dict(),
         "after": after.as_dict(),
-        "reward_first_10": sum(rewards[:10]) / len(rewards[:10]),
-        "reward_last_10": sum(rewards[-10:]) / len(rewards[-10:]),
+        **rewards(logs),
         "train_seconds": next(r["train_runtime"] for r in trainer.state.log_history if "train_runtime" in r),
-        "rollouts": len(history),
+        "rollouts": len(logs),
         "seed": config.seed,
-        **masked,
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        **{name: mean(logs, f"cppo/{name}") for name in ("masked", "masked_by_threshold", "masked_by_budget")},
+        "without": {"after": without.as_dict(), **rewards(other)},
+        "command": command_line(sys.argv),
         "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("cppo-trl", "trl", "transformers", "torch", "math-verify")},
+        "versions": versions(),
     }
-    table = "\n".join(
-        [
-            f"| {len(test)} held-out problems | before | after |",
-            "|---|---|---|",
-            f"| greedy accuracy | {before.greedy:.3f} | {after.greedy:.3f} |",
-            f"| avg@16 (± standard error) | {before.avg_at_k:.3f} ± {before.avg_at_k_stderr:.3f} "
-            f"| {after.avg_at_k:.3f} ± {after.avg_at_k_stderr:.3f} |",
-        ]
-    )
-    plot_curves(
-        history,
-        output_dir / "curves.png",
-        title=f"CPPO quickstart, seed {config.seed}",
-        evaluation={"held-out avg@16 before": before.avg_at_k, "held-out avg@16 after": after.avg_at_k},
-    )
-    progress.table = table
+    draw(output_dir / "curves.png", logs, other, before)
+    second.table = table(before, after, without, results)
     trainer.create_model_card(model_name="CPPO quickstart")
     (output_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(f"\n{table}\n")
-    print(
-        f"training reward        {results['reward_first_10']:.3f} (first 10 rollouts) -> "
-        f"{results['reward_last_10']:.3f} (last 10)"
-    )
-    print(
-        f"tokens masked          {100 * masked['masked']:.2f} %: {100 * masked['masked_by_threshold']:.2f} % by the "
-        f"threshold, {100 * masked['masked_by_budget']:.2f} % by the budget (of tokens with an advantage)"
-    )
-    print(f"CPPO training time     {results['train_seconds']:.0f} s for {len(history)} rollouts")
     print(
         f"\n{output_dir}: model, tokenizer, README.md (model card), trainer_state.json (log), curves.png, results.json"
+        f"\n{second_dir}: the same run without a trust region"
+        f"\nThe report page: python -m cppo_trl.report {output_dir}"
+        f"\n\n{len(logs)} rollouts in {results['train_seconds']:.0f} s, {task.test_problems} held-out problems:\n"
+        f"\n{second.table}"
     )
     push(trainer)
     trainer.end()
 
 
 if __name__ == "__main__":
-    with one_line_errors("Repeat the command to start again."):
+    with one_line_errors("Both runs are stopped. A warm start that was finished is kept for the next run."):
         main()

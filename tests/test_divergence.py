@@ -81,6 +81,27 @@ def test_topk_worked_by_hand():
     assert topk_tv(pi, mu).item() == pytest.approx(0.5 * (0.2 + 0.1 + 0.1))
     expected = 0.5 * math.log(5 / 3) + 0.2 * math.log(2 / 3) + 0.3 * math.log(3 / 4)
     assert topk_kl(pi, mu).item() == pytest.approx(expected, rel=1e-5)
+    pi[..., 2] = torch.nan  # nothing is read at a padding slot
+    assert topk_tv(pi, mu).item() == pytest.approx(0.5 * (0.2 + 0.1 + 0.1))
+    assert topk_kl(pi, mu).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_topk_of_a_certain_token_by_hand():
+    mu, pi = torch.tensor([[[1.0, 0.0]]]).log(), torch.tensor([[[0.25, 0.5]]]).log()
+    assert topk_tv(pi, mu).item() == pytest.approx(0.75)
+    assert topk_kl(pi, mu).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", [topk_tv, topk_kl])
+def test_an_unknown_log_prob_silences_its_own_token_alone(estimator):
+    pi, mu, sampled = two_policies(7)
+    pi, mu = listed(pi, mu, sampled, 5)
+    unknown = mu.clone()
+    unknown[1, 2, 3] = torch.nan
+    expected = estimator(pi, mu)
+    assert expected.min() > 0
+    expected[1, 2] = 0.0
+    assert torch.equal(estimator(pi, unknown), expected)
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 39])
@@ -117,6 +138,7 @@ def test_topk_is_finite_whatever_the_inputs(estimator):
         result = estimator(pi, mu)
         assert result.isfinite().all()
         assert (result >= 0).all()
+        assert estimator is topk_kl or (result <= 1).all()
         assert result.dtype == torch.float32
     unknown = pi.clone()
     unknown[:, ::2, 1] = torch.nan

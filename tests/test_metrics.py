@@ -4,10 +4,19 @@ from functools import partial
 import pytest
 import torch
 
-from cppo_trl.metrics import add_records, loss_record, position_profile, summarize, total_over_processes
+from cppo_trl.metrics import (
+    add_records,
+    count_nonfinite_loss,
+    loss_record,
+    position_profile,
+    summarize,
+    total_over_processes,
+)
 from cppo_trl.rules import RULES
-from cppo_trl.trust_region import improvement_bound
+from cppo_trl.trust_region import Verdict, improvement_bound
 from tests.conftest import random_rows
+
+INF = math.inf
 
 
 def record_of(divergence, advantages, log_ratio, mask, rule="cppo", unmoved=False, **parameters):
@@ -48,6 +57,56 @@ def test_metrics_by_hand():
     assert metrics == pytest.approx(expected, rel=1e-5)  # masked_negative is left out: no such token
 
 
+def test_metrics_of_both_signs_by_hand():
+    # w = 1, delta = .1, A < 0: .2 falls (masked), .3 rises, .4 falls (masked); A > 0: .5 rises (masked), .6 falls
+    divergence = torch.tensor([[0.2, 0.3, 0.4], [0.5, 0.6, 9.0]])
+    advantages, mask = torch.tensor([[-2.0], [1.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    log_ratio = torch.tensor([[-0.5, 0.5, -0.5], [0.5, -0.5, 9.0]])
+    metrics = scalars(record_of(divergence, advantages, log_ratio, mask, "dppo", delta=0.1))
+    assert metrics["cppo/masked"] == pytest.approx(3 / 5)
+    assert metrics["cppo/masked_negative"] == pytest.approx(2 / 3)
+    assert metrics["cppo/masked_positive"] == pytest.approx(1 / 2)
+    assert metrics["cppo/toward_rollout"] == pytest.approx(2 / 5)
+    assert metrics["cppo/weight"] == pytest.approx(2 / 5)
+
+
+def test_the_mass_of_topk_is_averaged_over_the_tokens():
+    divergence, ones, mask = torch.zeros(1, 3), torch.ones(1, 3), torch.tensor([[1, 1, 0]])
+    verdict = RULES["none"].judge(divergence, ones, ones, mask)
+    record = loss_record(divergence, ones, ones, mask, verdict, topk_mass=torch.tensor([[0.5, 0.75, torch.nan]]))
+    metrics = scalars(record)
+    assert metrics["cppo/topk_mass"] == pytest.approx(0.625)
+    assert metrics["cppo/divergence/mean"] == 0.0
+    assert not any("mismatch" in name for name in metrics)
+    assert "cppo/topk_mass" not in scalars(loss_record(divergence, ones, ones, mask, verdict))
+
+
+def test_a_budget_without_prefix_sums_is_recorded_as_far_as_it_goes():
+    ones = torch.ones(1, 2)
+    verdict = Verdict(ones, within_threshold=ones.bool(), delta_b=torch.full((1, 1), 0.5))
+    metrics = scalars(loss_record(ones, ones, ones, ones, verdict))
+    assert metrics["cppo/weight"] == 1.0
+    assert "cppo/delta_b" not in metrics
+
+
+def test_losses_that_are_not_finite_are_counted():
+    record = record_of(*random_rows(4, 5, seed=16))
+    assert "cppo/nonfinite_losses" not in scalars(record)
+    count_nonfinite_loss(record, torch.tensor(0.5))
+    assert "cppo/nonfinite_losses" not in scalars(record)
+    for count, loss in enumerate((math.nan, math.inf), 1):
+        count_nonfinite_loss(record, torch.tensor(loss, requires_grad=True))
+        assert scalars(record)["cppo/nonfinite_losses"] == count
+
+
+def test_records_of_many_micro_batches_add_up():
+    rows = random_rows(40, 30, seed=17)
+    whole, total = record_of(*rows), None
+    for i in range(0, 40, 10):
+        total = add_records(total, record_of(*(x[i : i + 10] for x in rows)))
+    torch.testing.assert_close(total, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_divergences_that_are_not_finite_are_recorded_not_raised():
     divergence = torch.tensor([[math.nan, math.inf, 0.1, 0.2]])
     advantages, mask = torch.ones(1, 1), torch.ones(1, 4).long()
@@ -74,6 +133,21 @@ def test_p90_is_that_of_all_tokens_to_one_percent():
     assert metrics["cppo/divergence/p90"] == pytest.approx(exact, rel=0.012)
     zero = scalars(record_of(0 * divergence, advantages, log_ratio, mask))
     assert zero["cppo/divergence/p90"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("values", "exponent"),
+    [
+        ([1.0], 1 / 64),  # the middle of the bin from 1 to 2^(1/32)
+        ([300.0], 8 - 1 / 64),  # all from 2^8 on stand in the last bin
+        ([2.0**-20] * 9 + [1.0], -20 + 1 / 64),  # rank 8.1 of 0 to 9
+        ([2.0**-20] * 8 + [1.0] * 2, 1 / 64),
+    ],
+)
+def test_p90_by_hand(values, exponent):
+    divergence, ones = torch.tensor([values]), torch.ones(1, len(values))
+    metrics = scalars(record_of(divergence, ones, ones, ones, "none"))
+    assert metrics["cppo/divergence/p90"] == pytest.approx(2**exponent, rel=1e-6)
 
 
 def test_metrics_do_not_depend_on_the_split_into_micro_batches_and_processes():
@@ -114,7 +188,22 @@ def test_theorem_1_by_hand():
     # T = 3, xi = 1: 2 x 3 x 2 x .1 x .05 / .8 = .075, and the slack 4 x 2 x .01 / .8 = .1
     assert metrics["cppo/theorem/deduction"] == pytest.approx(0.175)
     assert metrics["cppo/theorem/range"] == 2.0
+    # no response, no theorem
+    empty = (divergence, torch.ones(4, 1), torch.zeros(4, 3), 0 * mask)
+    assert not any("theorem" in name for name in scalars(record_of(*empty, delta=0.1, delta_b=0.05), bound=bound))
     assert not any("theorem" in name for name in scalars(record_of(*rows)))
+
+
+def test_theorem_1_holds_at_its_limits():
+    # exact in fp32: S_t = .25 t = delta_b W_t, with |A| below 1 and a token that is not the response's own
+    divergence, mask = torch.tensor([[0.25, 0.25, 0.25, 9.0]]), torch.tensor([[1, 1, 1, 0]])
+    rows = (divergence, torch.tensor([[-0.5]]), torch.zeros(1, 4), mask)
+    bound = partial(improvement_bound, delta=0.5, w_min=1.0)
+    metrics = scalars(record_of(*rows, delta=0.5, delta_b=0.25, w_min=1.0), bound=bound)
+    assert metrics["cppo/theorem/prefixes"] == metrics["cppo/theorem/responses"] == 1.0
+    assert metrics["cppo/theorem/bound_ratio"] == pytest.approx(0.5)
+    # T = 3, xi = 1/2: 2 x .5 x 3 x 2 x .5 x .25, and the slack 4 x .5 x 2 x .25
+    assert metrics["cppo/theorem/deduction"] == pytest.approx(0.75 + 1.0)
 
 
 def test_theorem_1_counts_with_the_largest_budget_response_and_advantage():
@@ -163,6 +252,18 @@ def test_position_profile_by_hand():
     assert profile["prefix_average"] == pytest.approx([sum(average[t : t + 2]) for t in range(0, 40, 2)], rel=1e-5)
     dppo = total_over_processes(record_of(divergence, advantages, up, mask, "dppo", delta=0.1), lambda x: x)
     assert position_profile(dppo)["prefix_average"] == [0.0] * 20
+    off = total_over_processes(record_of(divergence, advantages, up, mask, delta=0.1, delta_b=INF), lambda x: x)
+    assert position_profile(off)["prefix_average"] == [0.0] * 20
+
+
+def test_prefix_averages_of_a_response_with_holes():
+    # tokens at 1 and 3 of D = .5 and .25: S / W = .5, then (.5 + .8 x .25) / 1.8, which begin its two halves
+    divergence, mask = torch.tensor([[9.0, 0.5, 9.0, 0.25, 9.0]]), torch.tensor([[0, 1, 0, 1, 0]])
+    record = record_of(divergence, torch.ones(1, 1), torch.zeros(1, 5), mask)
+    profile = position_profile(total_over_processes(record, lambda x: x))
+    expected = [0.5] + [0.0] * 9 + [0.7 / 1.8] + [0.0] * 9
+    assert profile["tokens"] == [float(x > 0) for x in expected]
+    assert profile["prefix_average"] == pytest.approx(expected)
 
 
 def test_position_profile_equals_a_loop_over_rows_with_holes():

@@ -1,13 +1,17 @@
 """Every rule against an independent loop, by weight and by gradient; GRPO and CISPO against TRL's own losses."""
 
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from cppo_trl.rules import RULES
-from cppo_trl.trust_region import cppo_mask, minpro_weight, position_weights, random_order
+from cppo_trl.divergence import ESTIMATORS
+from cppo_trl.rules import RULES, Rule, find_rule
+from cppo_trl.seam.state import skip_zero_std_prompts
+from cppo_trl.trust_region import cispo_weight, cppo_mask, grpo_mask, minpro_weight, position_weights, random_order
 from tests.conftest import (
     COMPLETION,
     FIELDS,
@@ -121,11 +125,93 @@ def test_gradients_equal_those_of_trl_s_own_losses(make_trainer, ours, theirs):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-7)
 
 
-def test_minpro_worked_by_hand():
-    # ρ = 2, 0.5, 1.5, 1: m = 1, 1, 0.5, 0.5, so clip(m ρ, 0.6, 1.2) = 1.2, 0.6, 0.75, 0.6
-    ratio = torch.tensor([[2.0, 0.5, 1.5, 1.0]])
-    weight = minpro_weight(ratio, ratio, ratio.log(), torch.ones(1, 4), ratio_min=0.6, ratio_max=1.2).weight
-    torch.testing.assert_close(weight * ratio, torch.tensor([[1.2, 0.6, 0.75, 0.6]]))
+def test_a_judgment_holds_one_fp32_weight_for_each_token():
+    def kept(divergence, advantages, log_ratio, mask, *, shape):
+        return torch.ones(shape, dtype=torch.bool)
+
+    rows = (torch.zeros(2, 3), torch.ones(2), torch.tensor([[1.0, 2.0, 4.0]] * 2).log(), torch.ones(2, 3))
+    weight = Rule(kept, "own.kept").judge(*rows, shape=(2, 3), ratio_cap=2.0).weight
+    torch.testing.assert_close(weight, torch.tensor([[1.0, 1.0, 0.5]] * 2))
+    with pytest.raises(ValueError, match=r"own\.kept returns a weight of shape \(2, 1\), expected \(2, 3\)"):
+        Rule(kept, "own.kept").judge(*rows, shape=(2, 1))
+
+
+def test_a_rule_that_takes_response_ids_gets_them():
+    divergence, advantages, log_ratio, mask = random_rows(8, 30, seed=6)
+    ids = torch.arange(50, 58)
+    for rule in ("cppo", "cppo_soft"):
+        parameters = parameters_of(rule) | {"shuffle_weights": True}
+        verdict = RULES[rule].judge(divergence, advantages, log_ratio, mask, response_ids=ids, **parameters)
+        expected = position_weights(mask, parameters["w_min"], random_order(ids, mask))
+        torch.testing.assert_close(verdict.prefix.weights, expected)
+    assert "response_ids" not in RULES["cppo"].parameters
+
+
+def test_parameters_in_words():
+    words = RULES["cppo"].words
+    numbers = {"delta": 0.1 + 0.2, "w_min": 0.8, "delta_b": 0.02, "delta_b_max_multiple": 3.0}
+    ranged = words(**numbers, delta_b_quantile=0.9, shuffle_weights=False)
+    assert ranged == ["delta 0.3", "w_min 0.8", "delta_b 0.02 to 0.06 (quantile 0.9 of each response)"]
+    fixed = words(**numbers, delta_b_quantile=None, shuffle_weights=True)
+    assert fixed == ["delta 0.3", "w_min 0.8", "delta_b 0.02 (fixed)", "weights shuffled"]
+    for limit in ("delta", "delta_b"):
+        assert words(**numbers | {limit: math.inf}, delta_b_quantile=0.9, shuffle_weights=False)[2] == "delta_b off"
+    assert RULES["none"].words(start=12345678, end=0.1 + 0.2, name="late") == [
+        "start 12345678",
+        "end 0.3",
+        "name late",
+    ]
+
+
+def test_a_rule_of_one_s_own_is_found_by_its_path(tmp_path, monkeypatch):
+    for folder in ("elsewhere", "here"):
+        (tmp_path / folder / "shelf").mkdir(parents=True)
+        (tmp_path / folder / "shelf" / "found_rules.py").write_text(
+            f"def late(divergence, advantages, log_ratio, mask, *, start, end=9):\n    return {folder!r}\n"
+        )
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "here")  # the working directory comes first
+    path = list(sys.path)
+    rule = find_rule("shelf.found_rules.late", {"start": 3})
+    assert sys.path == path
+    assert rule.function(None, None, None, None, start=3) == "here"
+    assert (rule.source, rule.parameters) == ("shelf.found_rules.late", ("start", "end"))
+    assert rule.estimators == tuple(ESTIMATORS)
+    for given, named in (({}, r"unknown: \[\], missing: \['start'\]"), ({"start": 1, "x": 2}, r"unknown: \['x'\]")):
+        with pytest.raises(ValueError, match=named):
+            find_rule("shelf.found_rules.late", given)
+    assert sys.path == path
+
+
+def test_a_name_that_is_no_rule_is_refused_with_the_closest_one():
+    for name, hint in (("cppo_sot", " Did you mean 'cppo_soft'?"), ("xyz", "")):
+        with pytest.raises(ValueError, match="trust_region must be one of") as refused:
+            find_rule(name, {})
+        assert str(refused.value).endswith(f"got {name!r}.{hint}")
+    with pytest.raises(ValueError, match=r"^trust_region: cannot import 'no_such_module\.rule'"):
+        find_rule("no_such_module.rule", {})
+
+
+def test_grpo_worked_by_hand():
+    # on a bound nothing is clipped; beyond it, where the advantage pulls further out
+    log_ratio = torch.tensor([[math.log(r) for r in (1.28, 1.29, 0.8, 0.79, 1.29, 0.79, 1.0)]])
+    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0, -1.0, 1.0, 1.0]])
+    verdict = grpo_mask(log_ratio, advantages, log_ratio, torch.ones(1, 7), ratio_min=0.8, ratio_max=1.28)
+    assert verdict.weight.tolist() == [[True, False, True, False, True, True, True]]
+    assert verdict.at_bound.tolist() == [[False, True, False, True, True, True, False]]
+
+
+def test_minpro_and_cispo_worked_by_hand():
+    # ρ = 2, 0.5, 1.5, 1 around a token of the environment: m = 1, 1, 0.5, 0.5, so that clip(m ρ, 0.6, 1.2) is
+    # 1.2, 0.6, 0.75, 0.6 and clip(ρ, 0.6, 1.2) is 1.2, 0.6, 1.2, 1
+    ratio, mask = torch.tensor([[2.0, 0.1, 0.5, 1.5, 1.0]]), torch.tensor([[1, 0, 1, 1, 1]])
+    for rule, coefficients, at_bound in (
+        (minpro_weight, [1.2, 0.0, 0.6, 0.75, 0.6], [True, False, True, False, True]),
+        (cispo_weight, [1.2, 0.0, 0.6, 1.2, 1.0], [True, False, True, True, False]),
+    ):
+        verdict = rule(ratio, ratio, ratio.log(), mask, ratio_min=0.6, ratio_max=1.2)
+        torch.testing.assert_close(verdict.weight * ratio, torch.tensor([coefficients]))
+        assert verdict.at_bound.tolist() == [at_bound]
 
 
 def test_the_soft_gate_is_open_exactly_where_the_mask_keeps():
@@ -207,3 +293,15 @@ def test_prompts_whose_responses_score_alike_leave_loss_and_normalizer(make_trai
     _, found = gradients(trainers[0], skipping)
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_tokens_of_tools_are_not_in_the_normalizer():
+    # two prompts of two responses; the first prompt's score alike, the others have 2 and 3 tokens of their own
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 1, 1]])
+    tools = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1], [1, 1, 1]])
+    batch = {"advantages": torch.tensor([0.0, 0.0, 1.0, -1.0]), "completion_mask": mask, "tool_mask": tools}
+    alone = SimpleNamespace(gather=lambda x: x, num_processes=1, process_index=0)
+    skip_zero_std_prompts(batch, alone, 2, "grpo")
+    assert batch["completion_mask"].tolist() == [[0, 0, 0], [0, 0, 0], [1, 1, 1], [1, 1, 1]]
+    assert batch["num_items_in_batch"] == 5
+    assert batch["advantages"].tolist() == [0.0, 0.0, 2.0, -2.0]

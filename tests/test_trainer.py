@@ -240,6 +240,7 @@ def test_attention_dropout_is_named(make_trainer):
 def test_metrics_in_training_and_evaluation(make_trainer):
     names = {"masked", "masked_by_threshold", "masked_by_budget", "toward_rollout", "delta_b", "masked_positive"}
     names |= {"masked_negative", "divergence/mean", "divergence/p90", "divergence/max", "ratio/mean", "ratio/max"}
+    names |= {"theorem/prefixes", "theorem/responses", "theorem/deduction", "theorem/bound_ratio"}
     trainer = make_trainer(
         gradient_accumulation_steps=2,
         per_device_train_batch_size=4,
@@ -439,7 +440,11 @@ def test_default_config_is_a_cppo_config(monkeypatch):
     monkeypatch.setattr(GRPOTrainer, "__init__", stop)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(CPPOConfig, "__post_init__", lambda self: setattr(self, "generation_batch_size", 8))
-    with pytest.raises(KeyboardInterrupt):
-        CPPOTrainer("org/some-model")
-    assert isinstance(seen["args"], CPPOConfig)
-    assert seen["args"].output_dir == "some-model-CPPO"
+    loaded = tiny_model()
+    loaded.config._name_or_path = "org/some-model"
+    for model in ("org/some-model", loaded):
+        with pytest.raises(KeyboardInterrupt):
+            CPPOTrainer(model)
+        args = seen.pop("args")
+        assert isinstance(args, CPPOConfig)
+        assert args.output_dir == "some-model-CPPO"

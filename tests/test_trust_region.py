@@ -7,12 +7,18 @@ from cppo_trl.divergence import anchor_logps, binary_kl, binary_tv, topk_kl, top
 from cppo_trl.metrics import loss_record
 from cppo_trl.rules import RULES
 from cppo_trl.trust_region import (
+    cppo,
     cppo_mask,
+    cppo_soft,
     dppo_mask,
     masked_quantile,
     position_weights,
     prefix_budget,
+    prefix_sums,
+    random_order,
     ratio_cap_weight,
+    trm_avg_mask,
+    trm_max_mask,
 )
 from tests.conftest import parameters_of, random_rows
 from tests.reference import algorithm_1, clipped_quantile
@@ -60,6 +66,102 @@ def test_cppo_mask_worked_by_hand():
     toward = torch.tensor([[1.0, -1.0, 1.0, 1.0, -1.0]])
     keep = cppo_mask(divergence, ones[:, 0], toward, ones, delta=0.1, w_min=0.8, delta_b=0.02)
     assert keep.tolist() == [[True, True, False, False, True]]
+
+
+def test_a_token_at_its_limit_is_kept():
+    # exact in fp32: w = 1; the budget leaves .5 + .25 - .5 = .25 to the second token
+    up, one = torch.ones(1, 2), torch.ones(1, 1)
+    for second, kept in ((0.25, True), (0.25 + 2**-20, False)):
+        divergence = torch.tensor([[0.5, second]])
+        rule = {"delta": 0.5, "w_min": 1.0, "delta_b": 0.25}
+        assert cppo_mask(divergence, one, up, up, **rule).tolist() == [[True, kept]]
+        verdict = cppo(divergence, one, up, up, **rule, delta_b_quantile=None, delta_b_max_multiple=2.0)
+        assert verdict.weight.tolist() == [[True, kept]]
+    # the second is out by the budget alone: its w_t D_t is the threshold itself
+    for rule in (cppo, cppo_soft):
+        fields = {"delta": 0.5, "w_min": 1.0, "delta_b": 0.25, "delta_b_quantile": None, "delta_b_max_multiple": 2.0}
+        verdict = rule(torch.tensor([[0.5, 0.5]]), one, up, up, **fields)
+        assert verdict.weight[0, 0] == 1
+        assert verdict.weight[0, 1] < 1
+        assert verdict.within_threshold.all()
+    at_delta = torch.tensor([[0.5, 0.5]])
+    for rule in (dppo_mask, trm_max_mask, trm_avg_mask):
+        assert rule(at_delta, one, up, up, delta=0.5).all()
+        assert not rule(at_delta + 2**-20, one, up, up, delta=0.5).any()
+
+
+@pytest.mark.parametrize("rule", [cppo, cppo_soft])
+def test_the_verdict_of_cppo_by_hand(rule):
+    # w = 1, .75, .5, all of it exact in fp32; one token before the response is not its own
+    divergence = torch.tensor([[9.0, 0.5, 0.25, 1.0], [9.0, 9.0, 9.0, 9.0]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]])
+    rows = (divergence, torch.ones(2), torch.ones(2, 4), mask)
+    fields = {"delta": 0.5, "w_min": 0.5, "delta_b": 0.25, "delta_b_max_multiple": 3.0}
+    verdict = rule(*rows, **fields, delta_b_quantile=None)
+    prefix = verdict.prefix
+    assert verdict.delta_b.tolist() == [[0.25], [0.25]]
+    assert prefix.weights.tolist() == [[0, 1, 0.75, 0.5], [0] * 4]
+    assert prefix.weighted.tolist() == [[0, 0.5, 0.1875, 0.5], [0] * 4]
+    assert prefix.spent().tolist() == [[0, 0.5, 0.6875, 1.1875], [0] * 4]
+    assert prefix.weight_sum().tolist() == [[0, 1, 1.75, 2.25], [0] * 4]
+    average = torch.tensor([[0, 0.5, 0.6875 / 1.75, 1.1875 / 2.25], [0] * 4])
+    torch.testing.assert_close(prefix.average(), average)
+    assert prefix.left.tolist() == [[0, -0.25, -0.25, -0.625], [0] * 4]
+    assert prefix.threshold.tolist() == [[0.5, 0.5, 0.25, 0.25], [0.5] * 4]
+    assert verdict.within_threshold[0].tolist() == [True] * 4
+    # x = 1, max(.375, .6875 / .75), max(1, 1.1875 / .9375)
+    kept = [[0, 1, 1, 0.0 if rule is cppo else 0.9375 / 1.1875], [0] * 4]
+    torch.testing.assert_close(verdict.weight.float(), torch.tensor(kept))
+    # the median of .5, .25, 1 is .5; a single value of 1 is cut at three times the floor, which an empty row gets
+    assert rule(*rows, **fields, delta_b_quantile=0.5).delta_b.tolist() == [[0.5], [0.25]]
+    assert rule(*rows, **fields, delta_b_quantile=1.0).delta_b.tolist() == [[0.75], [0.25]]
+    for off in ({"delta": INF}, {"delta_b": INF}):  # delta is the slack of the budget
+        assert rule(*rows, **(fields | off), delta_b_quantile=None).delta_b is None
+
+
+def test_order_deals_the_weights_out():
+    # keys 3, 2, 1: w = .5, .75, 1 instead of 1, .75, .5; wD = .45, .45, .55 instead of .9, .45, .275
+    order, ones = torch.tensor([[3.0, 2.0, 1.0]]), torch.ones(1, 3)
+    rows = (torch.tensor([[0.9, 0.6, 0.55]]), ones[:, 0], ones, ones)
+    rule = {"delta": 0.5, "w_min": 0.5, "delta_b": INF}
+    assert cppo_mask(*rows, **rule).tolist() == [[False, True, True]]
+    assert cppo_mask(*rows, **rule, order=order).tolist() == [[True, True, False]]
+    prefix = prefix_sums(rows[0], ones, delta=0.5, w_min=0.5, delta_b=0.1, order=order)
+    torch.testing.assert_close(prefix.average(), torch.tensor([[0.9, 0.9 / 1.25, 1.45 / 2.25]]))
+
+
+@pytest.mark.parametrize("rule", [cppo, cppo_soft])
+def test_shuffled_weights_are_those_of_the_response_s_own_order(rule):
+    divergence, advantages, log_ratio, mask = random_rows(40, 30, seed=15)
+    rows, ids = (divergence, advantages, log_ratio, mask), torch.arange(100, 140)
+    fields = {"delta": 0.05, "w_min": 0.2, "delta_b": 0.01, "delta_b_quantile": None, "delta_b_max_multiple": 2.0}
+    order = random_order(ids, mask)
+    shuffled = rule(*rows, **fields, shuffle_weights=True, response_ids=ids)
+    torch.testing.assert_close(shuffled.prefix.weights, position_weights(mask, 0.2, order))
+    kept = cppo_mask(*rows, delta=0.05, w_min=0.2, delta_b=0.01, order=order)
+    assert torch.equal(shuffled.weight == 1, kept)
+    in_order = position_weights(mask, 0.2)
+    assert not torch.equal(shuffled.prefix.weights, in_order)
+    for plain in (rule(*rows, **fields, response_ids=ids), rule(*rows, **fields, shuffle_weights=True)):
+        torch.testing.assert_close(plain.prefix.weights, in_order)
+
+
+def test_the_random_order_is_a_hash_of_id_and_position():
+    """SplitMix64 with signed shifts, by Python's integers: an order that a resume on another machine finds again."""
+
+    def signed(x):
+        return (x + 2**63) % 2**64 - 2**63
+
+    def key(response, position):
+        x = signed(response + position * 0x9E3779B97F4A7C15)
+        x = signed((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9)
+        x = signed((x ^ (x >> 27)) * 0x94D049BB133111EB)
+        return float(x ^ (x >> 31))
+
+    ids = [0, 1, 2**61 + 12345]
+    keys = random_order(torch.tensor(ids), torch.ones(3, 6))
+    assert keys.dtype == torch.float64
+    assert keys.tolist() == [[key(response, t) for t in range(1, 7)] for response in ids]
 
 
 def test_late_tokens_are_held_looser_than_early_ones():
@@ -219,6 +321,8 @@ def test_prefix_budget_equals_eq_22():
     assert budget.max() == pytest.approx(0.04)
     torch.testing.assert_close(prefix_budget(divergence, mask, 0.015, quantile=None), torch.full((300, 1), 0.015))
     assert (prefix_budget(divergence, mask, INF) == INF).all()
+    for quantile in (None, 0.9):
+        assert prefix_budget(divergence.bfloat16(), mask, 0.02, quantile).dtype == torch.float32
 
 
 def test_ratio_cap():
@@ -243,6 +347,8 @@ def test_rules_never_wait_for_the_device():
     # the meta device holds no data: anything that reads a value from the tensors raises
     args = [x.to("meta") for x in random_rows(16, 30, seed=10)]
     _, _, log_ratio, mask = args
+    with torch.device("meta"):  # nor anything made where the tensors are made
+        assert masked_quantile(log_ratio, mask, 0.9).shape == (16, 1)
     for name, rule in RULES.items():
         parameters = parameters_of(name)
         if "shuffle_weights" in parameters:

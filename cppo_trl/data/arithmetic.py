@@ -49,11 +49,22 @@ def splits(train: int, test: int, terms: int, seed: int) -> tuple[Dataset, Datas
     return problems(train, terms, seed + 1, set(held_out["prompt"])), held_out
 
 
-def demonstrations(dataset: Dataset, error_rate: float, seed: int) -> Dataset:
-    """Worked answers for supervised training, each step wrong with probability ``error_rate``.
+def demonstrations(dataset: Dataset, error_rate: float, seed: int, forgotten_carry: float = 0.0) -> Dataset:
+    """Worked answers for supervised training, with two kinds of errors.
 
-    A wrong step is off by 1 to 3; later steps go on from it correctly, so the answer is wrong too. A model
-    trained on them is often wrong when it samples and nearly always right when it decodes greedily.
+    Each step is wrong by 1 to 3 with probability ``error_rate``. A step that adds 9 and carries is instead too small
+    by 10 with probability ``forgotten_carry``. Later steps continue from the wrong result, so the answer is wrong too,
+    unless errors cancel out. A model trained on these answers is often wrong when it samples and nearly always right
+    when it decodes greedily, except where a forgotten carry is more frequent than the right result.
+
+    Args:
+        dataset: Problems, as made by `problems`.
+        error_rate: Probability of a random error in a step.
+        seed: Seed of the errors.
+        forgotten_carry: Probability that a carry is forgotten in a step that adds 9.
+
+    Returns:
+        A dataset with ``prompt`` and ``completion``.
     """
     generator = random.Random(seed)
 
@@ -62,7 +73,9 @@ def demonstrations(dataset: Dataset, error_rate: float, seed: int) -> Dataset:
         total, steps = first, []
         for digit in digits:
             result = total + digit
-            if generator.random() < error_rate:
+            if forgotten_carry and digit == 9 and total % 10 and generator.random() < forgotten_carry:
+                result -= 10
+            elif generator.random() < error_rate:
                 result = max(result + generator.choice((-3, -2, -1, 1, 2, 3)), 0)
             steps.append(f"{total}+{digit}={result};")
             total = result
@@ -109,13 +122,15 @@ def warm_start(
     exclude: set[str],
     steps: int = 600,
     hidden: int = 96,
+    forgotten_carry: float = 0.0,
 ) -> None:
     """Train the model on erroneous demonstrations with TRL's `SFTTrainer` and save it to ``directory``.
 
     Args:
         directory: where model and tokenizer go; it appears when it is complete.
         terms: digits in each sum.
-        error_rate: probability of a wrong step.
+        error_rate: as in `demonstrations`.
+        forgotten_carry: as in `demonstrations`.
         seed: of data, weights and data order.
         exclude: prompts that must not be seen.
         steps: optimizer steps of 64 demonstrations each.
@@ -142,7 +157,7 @@ def warm_start(
     trainer = SFTTrainer(
         model=model(characters, hidden),
         args=config,
-        train_dataset=demonstrations(data, error_rate, seed + 2),
+        train_dataset=demonstrations(data, error_rate, seed + 2, forgotten_carry),
         processing_class=characters,
     )
     trainer.train()

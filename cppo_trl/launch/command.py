@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
+from cppo_trl.output.checkpoints import RunError
+
 
 class _Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
@@ -71,7 +73,9 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
 
 
 def _is_on_purpose(error: Exception) -> bool:
-    """Whether this package's own code raised the error, of a type that it raises for its user."""
+    """Whether the error is a `RunError`, or one that this package's own code raised of a type meant for its user."""
+    if isinstance(error, RunError):
+        return True
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -1,4 +1,4 @@
-"""Mathematics rewards on math-verify that return in bounded time, whatever the model writes."""
+"""Mathematics rewards that compare by value and return in bounded time, whatever the model writes."""
 
 from cppo_trl.rewards.answers import extract_answer, extract_gold
 from cppo_trl.rewards.checker import Checker, Outcome

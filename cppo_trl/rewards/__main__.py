@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tqdm import tqdm
 
-from cppo_trl.rewards.audit import GOLD_COLUMNS, PROMPT_COLUMNS, Audit, audit_golds, load_columns
+from cppo_trl.rewards.audit import GOLD_COLUMNS, MEANINGS, PROMPT_COLUMNS, audit_golds, load_columns
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     audit.add_argument(
         "--fail-on",
         nargs="*",
-        choices=list(Audit().findings),
-        default=["unusable", "unequal", "conflicts"],
+        choices=list(MEANINGS),
+        default=["unusable", "unequal", "indiscriminate", "conflicts"],
         help="findings that make the exit code 1 (default: %(default)s)",
     )
     args = parser.parse_args(arguments)

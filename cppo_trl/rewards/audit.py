@@ -7,39 +7,47 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cppo_trl.rewards.answers import extract_gold
-from cppo_trl.rewards.math import AccuracyReward, completion_text
+from cppo_trl.rewards.math import AccuracyReward, compare_answers, completion_text
+from cppo_trl.rewards.reading import read
 
 GOLD_COLUMNS = ("solution", "answer", "final_answer", "ground_truth", "reward_model.ground_truth")
 PROMPT_COLUMNS = ("prompt", "question", "problem")
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-_BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+MEANINGS = {
+    "unusable": "no answer earns anything: the gold cannot be read, or has no value",
+    "unequal": "the gold, boxed, does not earn its own reward",
+    "indiscriminate": "a changed gold earns the reward",
+    "verbatim": "only the same text earns the reward",
+    "ambiguous": "may be read in another way",
+    "duplicates": "the prompt stands in an earlier row",
+    "conflicts": "the prompt stands in an earlier row, with another gold",
+}
 _AMBIGUOUS = {
     "a point or an open interval": r"\(-?[\d.]+,\s*-?[\d.]+\)",
     "a number or a list": r"[1-9]\d\d,\d{3}",
+    "a decimal comma or a list": r"-?(?:0|\d{4,}),\d+|-?\d+,(?!\d{3}\b)\d+",
     "a ratio or a time": r"\d{1,2}:\d{2}",
+    "a number in another base": r"\d+_\{?\d+\}?",
 }
 
 
 @dataclass
 class Audit:
-    """What was found: for each kind of finding, a list of (row number, explanation).
+    """What was found: for each kind of finding in `MEANINGS`, a list of (row number, explanation).
 
     Attributes:
         rows: Number of rows looked at.
-        findings: Keys ``unusable`` (the reward would be None), ``unequal`` (boxed, the gold does not earn its own
-            reward), ``ambiguous``, ``duplicates`` (prompts seen before), ``conflicts`` (golds of one prompt differ).
+        findings: The lists, by kind.
     """
 
     rows: int = 0
-    findings: dict[str, list[tuple[int, str]]] = field(
-        default_factory=lambda: {name: [] for name in ("unusable", "unequal", "ambiguous", "duplicates", "conflicts")}
-    )
+    findings: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: {name: [] for name in MEANINGS})
 
     def report(self, examples: int = 3) -> str:
         """Return a table of the counts with a few examples each."""
         lines = [f"{self.rows} rows"]
         for name, found in self.findings.items():
-            lines.append(f"{name:<12}{len(found):>8}{len(found) / max(self.rows, 1):>9.2%}")
+            lines.append(f"{name:<14}{len(found):>8}{len(found) / max(self.rows, 1):>9.2%}  {MEANINGS[name]}")
             lines += [f"    row {row}: {text[:160]}" for row, text in found[:examples]]
         return "\n".join(lines)
 
@@ -56,33 +64,41 @@ def audit_golds(
     """
     audit = Audit(rows=len(golds))
     found = audit.findings
-    reward = AccuracyReward()
-    texts = [extract_gold(gold) or "" for gold in golds]
-    boxed = [rf"\boxed{{{text}}}" for text in texts]
-    outcomes = reward.grade(boxed, golds, progress)
-    for row, (text, outcome) in enumerate(zip(texts, outcomes, strict=True)):
-        if reward.reward(outcome) is None:
-            found["unusable"].append((row, f"{outcome.why}: {golds[row]!r}"))
+    texts = [extract_gold(gold) for gold in golds]
+    own = AccuracyReward().grade([rf"\boxed{{{text}}}" for text in texts], golds, progress)
+    changed = compare_answers(texts, [_changed(text or "") for text in texts])
+    for row, (text, itself, other) in enumerate(zip(texts, own, changed, strict=True)):
+        if text is None or "unparseable_gold" in (itself.why, other.why):
+            found["unusable"].append((row, f"unparseable_gold: {golds[row]!r}"))
             continue
-        if outcome.why != "equal":
-            found["unequal"].append((row, f"{outcome.why}: {text}"))
-        reasons = [reason for reason, pattern in _AMBIGUOUS.items() if re.fullmatch(pattern, text)]
-        if len(set(_BOX.findall(str(golds[row])))) > 1:
-            reasons.append("several boxes, of which the last counts")
+        if itself.why != "equal":
+            found["unequal"].append((row, f"{itself.why}: {text}"))
+        if other.why == "equal":
+            found["indiscriminate"].append((row, f"{text}, by {_changed(text)}"))
+        if isinstance(read(text)[0], str) and re.search(r"\d|\\|(?:\S+\s+){3}", text):
+            found["verbatim"].append((row, text))
+        reasons = [reason for reason, pattern in _AMBIGUOUS.items() if re.fullmatch(pattern, text.strip("$"))]
+        if "; " in text and text not in str(golds[row]):
+            reasons.append("several boxes, all of which count")
         found["ambiguous"] += [(row, f"{reason}: {text}") for reason in reasons]
     first: dict[str, int] = {}
-    again: list[tuple[int, int]] = []
     for row, prompt in enumerate(prompts or ()):
         key = " ".join(completion_text(prompt).split())
         if key in first:
-            again.append((row, first[key]))
             found["duplicates"].append((row, f"as row {first[key]}: {key!r}"))
         first.setdefault(key, row)
-    outcomes = reward.grade([boxed[row] for row, _ in again], [golds[before] for _, before in again])
+    again = [(row, int(text.split(":")[0].removeprefix("as row "))) for row, text in found["duplicates"]]
+    outcomes = compare_answers([texts[before] for _, before in again], [texts[row] for row, _ in again])
     for (row, before), outcome in zip(again, outcomes, strict=True):
-        if reward.reward(outcome) is not None and outcome.why != "equal":
+        if outcome.why not in ("equal", "unparseable_gold"):
             found["conflicts"].append((row, f"{texts[row]}, but {texts[before]} in row {before}"))
     return audit
+
+
+def _changed(text: str) -> str:
+    """Return a gold with another last digit; words that are nobody's gold if it has no digit."""
+    head, digit, tail = re.fullmatch(r"(?s)(.*?)([0-9]?)([^0-9]*)", text).groups()  # type: ignore[union-attr]
+    return f"{head}{(int(digit) + 5) % 10}{tail}" if digit else "none of these words"
 
 
 def load_columns(

@@ -1,13 +1,12 @@
 """A pool of worker processes that compares answers in bounded time and memory.
 
-Each worker belongs to a thread of this process. The thread starts it, hands it chunks, waits for every answer with a
-deadline, and kills and replaces it when the deadline passes. A comparison that is stuck costs only itself.
+Every answer has a deadline; a worker past it is killed and replaced. A comparison that is stuck costs only itself.
 """
 
 import atexit
-import contextlib
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -16,20 +15,21 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
-CHUNK_CHARS = 1 << 16
-START_LIMIT_S = 120.0  # a cold file system may need this long to import sympy
-START_ATTEMPTS = 20  # only for workers killed while they start; one that gives up is not tried again
+START_LIMIT_S = 120.0
+START_ATTEMPTS = 20  # for workers killed while they start; one that gives up is not tried again
 SEND_LIMIT_S = 10.0
 MAX_DEATHS = 3  # a comparison that loses its worker is tried again, as the worker may have been killed from outside
+SHORTEST_LIMIT_S = 0.3  # a comparison takes milliseconds; see `_Batch.seconds`
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
-    "from cppo_trl.rewards.worker import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from cppo_trl.rewards import worker; worker.serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
+
+Pair = tuple[str, str]
 
 
 class Outcome(NamedTuple):
@@ -37,10 +37,9 @@ class Outcome(NamedTuple):
 
     Attributes:
         why: ``"equal"``, ``"different"``, ``"no_answer"``, ``"unparseable_answer"``, ``"unparseable_gold"``,
-            ``"timeout"``, ``"gold_timeout"`` (the gold alone took too long), ``"crash"`` (the worker died of it:
-            memory, stack) or ``"error:<exception>"``.
-        gold: The gold as parsed, shortened; None if it was not.
-        answer: The answer as parsed, shortened; None if it was not.
+            ``"timeout"``, ``"crash"`` (the worker died of it) or ``"error:<exception>"``.
+        gold: The gold as read, shortened; None if it was not.
+        answer: The answer as read, shortened; None if it was not.
     """
 
     why: str
@@ -48,70 +47,83 @@ class Outcome(NamedTuple):
     answer: str | None = None
 
 
-@dataclass
-class _Item:
-    gold: str
-    answer: str
-    seconds_left: float
-    deaths: int = 0
-    future: "Future[Outcome]" = field(default_factory=Future)
-
-    def settle(self, result: Outcome | Exception) -> None:
-        with contextlib.suppress(InvalidStateError):  # cancelled: nobody waits for it any more
-            if isinstance(result, Exception):
-                self.future.set_exception(result)
-            else:
-                self.future.set_result(result)
-
-
-class _WorkerDiedError(Exception):
-    pass
-
-
 class _Worker:
-    """One child process and the socket to it."""
+    """One child process, the socket to it, and the pairs it has not answered yet."""
 
     def __init__(self, memory_bytes: int):
+        self.pairs: deque[Pair] = deque()
         self.started = False
+        self.deadline = time.monotonic() + START_LIMIT_S
         self.unread = b""
         self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(SEND_LIMIT_S)
         with theirs:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(os.getpid()), str(memory_bytes)],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 start_new_session=True,  # a Ctrl-C in the terminal is the trainer's business
-                env={**os.environ, "PYTHONHASHSEED": "0"},  # sympy's order of terms, and so a verdict, may hang on it
             )
 
-    def send(self, items: Sequence[_Item]) -> None:
-        message = json.dumps([(item.gold, item.answer, item.seconds_left) for item in items])
-        self.socket.settimeout(SEND_LIMIT_S)
-        try:
-            self.socket.sendall(message.encode("ascii") + b"\n")
-        except OSError as error:
-            raise _WorkerDiedError from error
+    def send(self, pairs: Sequence[Pair], seconds: float) -> None:
+        self.pairs.extend(pairs)
+        self.deadline = time.monotonic() + seconds
+        self.socket.sendall(json.dumps([(*pair, seconds) for pair in pairs]).encode("ascii") + b"\n")
 
-    def receive(self, deadline: float) -> Any:
-        """Return the next message; raises TimeoutError at the deadline, _WorkerDiedError at the worker's end."""
-        while b"\n" not in self.unread:
-            self.socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-            try:
-                data = self.socket.recv(1 << 16)
-            except TimeoutError:
-                raise
-            except OSError as error:
-                raise _WorkerDiedError from error
-            if not data:
-                raise _WorkerDiedError
-            self.unread += data
-        line, self.unread = self.unread.split(b"\n", 1)
-        return json.loads(line)
+    def receive(self) -> list[Any]:
+        """Return the messages that have come; raises OSError at the worker's end."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise BrokenPipeError
+        *lines, self.unread = (self.unread + data).split(b"\n")
+        return [json.loads(line) for line in lines]
 
     def end(self) -> None:
         self.process.kill()
         self.process.wait()
         self.socket.close()
+
+
+class _Batch:
+    """The state of one call: what waits, what is answered, and what is known to be stuck."""
+
+    def __init__(self, pairs: Sequence[Pair], time_limit: float, progress: Callable[[int], object] | None):
+        self.counts = Counter(pairs)
+        self.waiting = deque(self.counts)
+        self.outcomes: dict[Pair, Outcome] = {}
+        self.deaths: Counter[Pair] = Counter()
+        self.starts = 0
+        self.timeouts = 0
+        self.stuck: Counter[str] = Counter()  # time-outs by text
+        self._time_limit = time_limit
+        self._progress = progress
+
+    @property
+    def seconds(self) -> float:
+        """The time limit, a quarter of it after each answer that was stuck: a batch of them should not add up."""
+        return max(self._time_limit / 4**self.timeouts, min(self._time_limit, SHORTEST_LIMIT_S))
+
+    def settle(self, pair: Pair, outcome: Outcome) -> None:
+        self.outcomes[pair] = outcome
+        if self._progress:
+            self._progress(self.counts[pair])
+
+    def time_out(self, pair: Pair) -> None:
+        """Settle a pair that is stuck; a gold or an answer is given up at the second."""
+        self.timeouts += 1
+        self.stuck.update(pair)
+        self.settle(pair, Outcome("timeout"))
+
+    def take(self, share: int) -> list[Pair]:
+        """Return the next pairs for a worker; settle those that are given up."""
+        chunk: list[Pair] = []
+        while self.waiting and len(chunk) < min(CHUNK_ITEMS, share):
+            pair = self.waiting.popleft()
+            if max(self.stuck[text] for text in pair) > 1:
+                self.settle(pair, Outcome("timeout"))
+            else:
+                chunk.append(pair)
+        return chunk
 
 
 class Checker:
@@ -132,74 +144,61 @@ class Checker:
         if workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers}; leave it out for one per core")
         if memory_mb < 512:
-            raise ValueError(f"memory_mb must be at least 512, which sympy needs to start, got {memory_mb}")
+            raise ValueError(f"memory_mb must be at least 512, got {memory_mb}")
         self.workers = workers
         self._memory_bytes = memory_mb << 20
-        self._reset()
+        self._children: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._starter = ThreadPoolExecutor(1)  # Linux ends a worker with the thread that starts it
+        self._closings = 0
         _checkers.add(self)
 
-    def _reset(self) -> None:
-        self._waiting: deque[_Item] = deque()
-        self._wake = threading.Condition()
-        self._threads: list[threading.Thread] = []
-        self._children: set[_Worker] = set()
-        self._stop = threading.Event()
-
     def forget(self) -> None:
-        """In a forked child: the processes, threads and locks are the parent's; keep only the settings."""
+        """In a forked child: the processes and the lock are the parent's; keep only the settings."""
         for child in self._children:
             child.socket.close()
             child.process.returncode = 0  # not ours to wait for
-        self._reset()
+        self._children = []
+        self._lock = threading.Lock()
+        self._starter = ThreadPoolExecutor(1)
 
     def check(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        time_limit: float = 5.0,
-        progress: Callable[[int], object] | None = None,
+        self, pairs: Sequence[Pair], time_limit: float = 5.0, progress: Callable[[int], object] | None = None
     ) -> list[Outcome]:
         """Compare each (gold, answer); the outcomes come in the order of the pairs.
 
         Args:
             pairs: Gold and answer, as from ``extract_gold`` and ``extract_answer``. Equal pairs are compared once.
-            time_limit: Seconds one comparison may take.
+            time_limit: Seconds one comparison may take; a quarter of that after each that took longer.
             progress: Called with the number of pairs answered since the last call.
 
         Raises:
             RuntimeError: If no worker can be started.
+            CancelledError: If the checker is closed meanwhile.
         """
-        counts = Counter(pairs)
-        items = {pair: _Item(*pair, seconds_left=time_limit) for pair in counts}
-        if items:
-            with self._wake:
-                self._start_threads()
-                self._waiting.extend(items.values())
-                self._wake.notify_all()
-        try:
-            for pair, item in items.items():
-                item.future.result()
-                if progress:
-                    progress(counts[pair])
-        except BaseException:  # Ctrl-C, or a worker that cannot start: nobody waits for the rest
-            for item in items.values():
-                item.future.cancel()
-            raise
-        return [items[pair].future.result() for pair in pairs]
+        batch = _Batch(pairs, time_limit, progress)
+        with self._lock:
+            closings = self._closings
+            try:
+                while len(batch.outcomes) < len(batch.counts):
+                    if self._closings != closings:
+                        raise CancelledError
+                    self._hand_out(batch)
+                    self._collect(batch)
+            except BaseException:  # Ctrl-C, or a worker that cannot start: nobody waits for the rest
+                for child in [child for child in self._children if child.pairs or not child.started]:
+                    self._end(child)
+                raise
+        return [batch.outcomes[pair] for pair in pairs]
 
     def close(self) -> None:
-        """End the workers; a later check starts them again."""
-        with self._wake:
-            threads, self._threads = self._threads, []
-            self._stop.set()
-            self._stop = threading.Event()
-            for item in self._waiting:
-                item.future.cancel()
-            self._waiting.clear()
-            for child in self._children:
-                child.process.kill()
-            self._wake.notify_all()
-        for thread in threads:
-            thread.join()
+        """End the workers, also in the middle of a check; a later check starts them again."""
+        self._closings += 1
+        for child in list(self._children):
+            child.process.kill()
+        with self._lock:
+            for child in list(self._children):
+                self._end(child)
 
     def __enter__(self) -> "Checker":
         return self
@@ -207,129 +206,57 @@ class Checker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _start_threads(self) -> None:
-        if not self._threads:
-            self._threads = [
-                threading.Thread(target=self._drive, args=(self._stop,), daemon=True) for _ in range(self.workers)
-            ]
-            for thread in self._threads:
-                thread.start()
-
-    def _take(self, stop: threading.Event) -> list[_Item]:
-        """Wait for work and take a fair share of it; nothing when it is time to stop."""
-        chunk: list[_Item] = []
-        with self._wake:
-            while not chunk and not stop.is_set():
-                self._wake.wait_for(lambda: self._waiting or stop.is_set())
-                room = CHUNK_CHARS
-                for _ in range(min(CHUNK_ITEMS, -(-len(self._waiting) // self.workers))):
-                    room -= len(self._waiting[0].gold) + len(self._waiting[0].answer)
-                    if room < 0 and chunk:  # a long text travels alone
-                        break
-                    item = self._waiting.popleft()
-                    if not item.future.cancelled():
-                        chunk.append(item)
-        return chunk
-
-    def _drive(self, stop: threading.Event) -> None:
-        """Own one worker for the life of this thread: Linux ends a child with the thread that started it."""
-        workers: deque[_Worker] = deque()  # the one in use and perhaps its successor
-        while chunk := self._take(stop):
-            left = deque(chunk)
-            try:
-                self._await_start(workers, stop)
-                workers[0].send(chunk)
-                while left:
-                    self._await_outcome(workers, left)
-                continue
-            except (TimeoutError, _WorkerDiedError):
-                self._end(workers.popleft())
-                if stop.is_set():
-                    for item in left:
-                        item.future.cancel()
-                    break
-                with self._wake:
-                    self._waiting.extendleft(reversed(left))
-                    self._wake.notify_all()
-            except Exception as error:  # no worker can be had: say so to everybody who waits
-                with self._wake:
-                    left.extend(self._waiting)
-                    self._waiting.clear()
-                for item in left:
-                    item.settle(error)
-        for worker in workers:
-            self._end(worker)
-
-    def _await_outcome(self, workers: deque[_Worker], left: deque[_Item]) -> None:
-        """Settle the first item left, unless its worker dies and it may try again."""
-        item = left[0]
-        began = time.monotonic()
-        deadline = began + item.seconds_left
-        gold_read = False
-        try:
-            while True:
+    def _hand_out(self, batch: _Batch) -> None:
+        """Give every idle worker a fair share of what waits; start the workers that are missing."""
+        while len(self._children) < self.workers and batch.waiting:
+            batch.starts += 1
+            self._children.append(self._starter.submit(_Worker, self._memory_bytes).result())
+        for child in list(self._children):
+            if child.started and not child.pairs and (chunk := batch.take(-(-len(batch.waiting) // self.workers))):
                 try:
-                    message = workers[0].receive(began + item.seconds_left / 2)
-                except TimeoutError:  # its start should not add to the time limit
-                    if len(workers) == 1:
-                        workers.append(self._launch())
-                    message = workers[0].receive(deadline)
-                if message != "gold_read":
-                    break
-                gold_read = True
-            left.popleft().settle(Outcome(*message))
-        except TimeoutError:
-            left.popleft().settle(Outcome("timeout" if gold_read else "gold_timeout"))
-            if not gold_read:  # nor would any other answer to it come to an end
-                with self._wake:
-                    for other in [*left, *self._waiting]:
-                        if other.gold == item.gold:
-                            other.settle(Outcome("gold_timeout"))
-                    self._waiting = deque(other for other in self._waiting if not other.future.done())
-                for _ in range(len(left)):
-                    other = left.popleft()
-                    if not other.future.done():
-                        left.append(other)
-            raise
-        except _WorkerDiedError:
-            item.deaths += 1
-            item.seconds_left = deadline - time.monotonic()
-            if item.deaths == MAX_DEATHS or item.seconds_left <= 0:
-                left.popleft().settle(Outcome("crash"))
-            raise
+                    child.send(chunk, batch.seconds)
+                except OSError:
+                    self._lose(child, batch)
 
-    def _launch(self) -> _Worker:
-        worker = _Worker(self._memory_bytes)
-        with self._wake:
-            self._children.add(worker)
-        return worker
-
-    def _await_start(self, workers: deque[_Worker], stop: threading.Event) -> None:
-        """Have a worker that is ready for its first chunk."""
-        for _ in range(START_ATTEMPTS):
-            if not workers:
-                workers.append(self._launch())
-            if workers[0].started:
-                return
+    def _collect(self, batch: _Batch) -> None:
+        """Wait for an answer or a deadline, and settle what it is about."""
+        busy = [child for child in self._children if child.pairs or not child.started]
+        if not busy:
+            return
+        wait = min(child.deadline for child in busy) - time.monotonic()
+        ready = select.select([child.socket for child in busy], [], [], max(wait, 0))[0]
+        for child in busy:
             try:
-                workers[0].started = workers[0].receive(time.monotonic() + START_LIMIT_S) == "ready"
-                return
-            except (TimeoutError, _WorkerDiedError) as failure:
-                if stop.is_set():
-                    raise
-                worker = workers.popleft()
-                self._end(worker)
-                if isinstance(failure, TimeoutError) or worker.process.returncode > 0:
-                    break
-        raise RuntimeError(
-            "a reward worker does not start; what it said is on standard error. "
-            f"Does `{sys.executable} -c 'import math_verify'` work?"
-        )
+                if child.socket in ready:
+                    for message in child.receive():
+                        if child.started:
+                            batch.settle(child.pairs.popleft(), Outcome(*message))
+                        child.started = True
+                        child.deadline = time.monotonic() + batch.seconds
+                elif child.deadline < time.monotonic():
+                    if child.started:
+                        batch.time_out(child.pairs.popleft())
+                    self._lose(child, batch, overdue=True)
+            except OSError:
+                self._lose(child, batch)
 
-    def _end(self, worker: _Worker) -> None:
-        worker.end()
-        with self._wake:
-            self._children.discard(worker)
+    def _lose(self, child: _Worker, batch: _Batch, overdue: bool = False) -> None:
+        """Do without a worker: what it had waits again, unless the comparison it was at has ended too many."""
+        self._end(child)
+        if not child.started and (overdue or child.process.returncode > 0 or batch.starts > START_ATTEMPTS):
+            raise RuntimeError(
+                "a reward worker does not start; what it said is on standard error. "
+                f"Does `{sys.executable} -c 'import mpmath'` work?"
+            )
+        if child.pairs and not overdue:
+            batch.deaths[child.pairs[0]] += 1
+            if batch.deaths[child.pairs[0]] == MAX_DEATHS:
+                batch.settle(child.pairs.popleft(), Outcome("crash"))
+        batch.waiting.extendleft(reversed(child.pairs))
+
+    def _end(self, child: _Worker) -> None:
+        child.end()
+        self._children.remove(child)
 
 
 _checkers: "weakref.WeakSet[Checker]" = weakref.WeakSet()

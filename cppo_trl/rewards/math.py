@@ -12,12 +12,12 @@ Completion = str | Sequence[Mapping[str, Any]] | None
 LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
-_UNUSABLE_GOLD = ("unparseable_gold", "gold_timeout")
+MAX_CHARS = 2000  # of an answer or a gold; a text beyond is neither
 _METRICS = {  # shares of the batch
-    "reward/unparseable_gold": _UNUSABLE_GOLD,
+    "reward/unparseable_gold": ("unparseable_gold",),
     "reward/no_answer": ("no_answer",),
     "reward/unparseable_answer": ("unparseable_answer",),
-    "reward/timeout": ("timeout", "gold_timeout"),
+    "reward/timeout": ("timeout",),
     "reward/error": ("crash", "error"),
 }
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
@@ -53,20 +53,15 @@ def compare_answers(
     Raises:
         RuntimeError: If no worker process can be started.
     """
-    outcomes: dict[int, Outcome] = {}
-    pairs: dict[int, tuple[str, str]] = {}
-    for place, (gold, answer) in enumerate(zip(golds, answers, strict=True)):
-        known = _compare_plainly(gold, answer)
-        if isinstance(known, Outcome):
-            outcomes[place] = known
-        else:
-            pairs[place] = known
+    outcomes = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    places = [place for place, outcome in enumerate(outcomes) if outcome is None]
     if progress:
-        progress(len(outcomes))
-    if pairs:
-        checked = shared_checker().check(list(pairs.values()), time_limit, progress)
-        outcomes.update(zip(pairs, checked, strict=True))
-    return [outcomes[place] for place in range(len(golds))]
+        progress(len(outcomes) - len(places))
+    if places:
+        pairs = [(golds[place] or "", answers[place] or "") for place in places]
+        for place, outcome in zip(places, shared_checker().check(pairs, time_limit, progress), strict=True):
+            outcomes[place] = outcome
+    return [outcome for outcome in outcomes if outcome]
 
 
 class AccuracyReward:
@@ -125,7 +120,18 @@ class AccuracyReward:
             ValueError: If there are not as many golds as completions.
             RuntimeError: If no worker process can be started.
         """
-        return self._rewards(self.grade(completions, solution), log_extra, log_metric)
+        outcomes = self.grade(completions, solution)
+        if log_extra is not None:
+            verdicts = {"equal": "right", "unparseable_gold": "skipped"}
+            log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
+            log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
+            log_extra("verdict", [verdicts.get(outcome.why, "wrong") for outcome in outcomes])
+            log_extra("why", [outcome.why for outcome in outcomes])
+        if log_metric is not None and outcomes:
+            kinds = [outcome.why.partition(":")[0] for outcome in outcomes]
+            for name, counted in _METRICS.items():
+                log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
+        return [self.reward(outcome) for outcome in outcomes]
 
     def grade(
         self,
@@ -153,39 +159,19 @@ class AccuracyReward:
 
     def reward(self, outcome: Outcome) -> float | None:
         """Return the reward for an outcome; None if the gold could not be read."""
-        if outcome.why in _UNUSABLE_GOLD:
+        if outcome.why == "unparseable_gold":
             return None
         return {"equal": 1.0, "different": self.partial_credit}.get(outcome.why, 0.0)
-
-    def _rewards(
-        self, outcomes: Sequence[Outcome], log_extra: LogExtra | None, log_metric: LogMetric | None
-    ) -> list[float | None]:
-        if log_extra is not None:
-            verdicts = {"equal": "right", **dict.fromkeys(_UNUSABLE_GOLD, "skipped")}
-            log_extra("gold_parsed", [outcome.gold for outcome in outcomes])
-            log_extra("answer_parsed", [outcome.answer for outcome in outcomes])
-            log_extra("verdict", [verdicts.get(outcome.why, "wrong") for outcome in outcomes])
-            log_extra("why", [outcome.why for outcome in outcomes])
-        if log_metric is not None and outcomes:
-            kinds = [outcome.why.partition(":")[0] for outcome in outcomes]
-            for name, counted in _METRICS.items():
-                log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
-        return [self.reward(outcome) for outcome in outcomes]
 
 
 class AsyncAccuracyReward(AccuracyReward):
     """The same as a coroutine: other rewards and the event loop go on while the pool works."""
 
     async def __call__(  # type: ignore[override]
-        self,
-        completions: Sequence[Completion],
-        solution: Sequence[Any],
-        log_extra: LogExtra | None = None,
-        log_metric: LogMetric | None = None,
-        **kwargs: Any,
+        self, completions: Sequence[Completion], solution: Sequence[Any], **kwargs: Any
     ) -> list[float | None]:
         """Grade a batch; as :meth:`AccuracyReward.__call__`."""
-        return self._rewards(await asyncio.to_thread(self.grade, completions, solution), log_extra, log_metric)
+        return await asyncio.to_thread(super().__call__, completions, solution, **kwargs)
 
 
 accuracy_reward = AccuracyReward()
@@ -212,12 +198,12 @@ def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) ->
     return get_soft_overlong_punishment(max_completion_len, soft_punish_cache)
 
 
-def _compare_plainly(gold: str | None, answer: str | None) -> Outcome | tuple[str, str]:
-    """Return the outcome where it needs no mathematics (one is missing, both are plain integers), else the pair."""
-    if gold is None:
+def _compare_plainly(gold: str | None, answer: str | None) -> Outcome | None:
+    """Return the outcome where it needs no mathematics: one is missing or too long, or both are plain integers."""
+    if gold is None or len(gold) > MAX_CHARS:
         return Outcome("unparseable_gold")
-    if answer is None:
-        return Outcome("no_answer")
+    if answer is None or len(answer) > MAX_CHARS:
+        return Outcome("no_answer" if answer is None else "unparseable_answer")
     if _PLAIN_INTEGER.fullmatch(gold) and _PLAIN_INTEGER.fullmatch(answer):
         return Outcome("equal" if gold == answer else "different", gold, answer)
-    return gold, answer
+    return None

@@ -36,6 +36,19 @@ def test_demonstrations_are_wrong_as_often_as_asked():
     assert f"boxed{{{data['solution'][0]}}}" in perfect["completion"]
 
 
+def test_demonstrations_forget_the_carry_of_a_nine_as_often_as_asked():
+    data = arithmetic.problems(2000, terms=5, seed=0)
+    carries = forgotten = 0
+    for row in arithmetic.demonstrations(data, 0.0, seed=1, forgotten_carry=0.6):
+        for a, b, c in re.findall(r"(\d+)\+(\d)=(\d+);", row["completion"]):
+            carry = b == "9" and int(a) + 9 >= 10 * (int(a) // 10 + 1)
+            assert int(c) in ((int(a) + int(b), int(a) + int(b) - 10) if carry else (int(a) + int(b),))
+            carries += carry
+            forgotten += int(c) < int(a)
+    assert carries > 500
+    assert forgotten / carries == pytest.approx(0.6, abs=0.05)
+
+
 def test_tokenizer_is_one_token_a_character_and_back():
     tokenizer = arithmetic.tokenizer()
     text = r"3+5=8;8+9=17;\boxed{17}"

@@ -32,7 +32,7 @@ def section(card, title):
 def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
     command = [ROOT / "scripts/quickstart.py", "--config", RECIPE, "--output_dir", tmp_path / "run"]
     command += ["--task_dir", tmp_path / "task", "--terms", "3", "--train_problems", "64", "--test_problems", "8"]
-    command += ["--max_steps", "8", "--warm_start_steps", "5", "--push_to_hub", "--hub_model_id", "user/tiny"]
+    command += ["--max_steps", "16", "--warm_start_steps", "5", "--push_to_hub", "--hub_model_id", "user/tiny"]
     command += ["--hub_token", "hf_secret"]
     result = launch(*command, **hub.environment())
     assert result.returncode == 0, result.stderr[-3000:]
@@ -50,7 +50,7 @@ def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
     assert card.data.datasets is None  # a local dataset is no dataset of the Hub's
     assert card.data.base_model is None
     assert "https://huggingface.co/papers/2606.10968" in card.text
-    assert "cppo, binary_tv, delta 0.05, w_min 0.8, delta_b 0.01 to 0.02" in section(card, "Trust region")
+    assert "cppo, binary_tv, delta 0.05, w_min 0.8, delta_b 0.005 to 0.01" in section(card, "Trust region")
     run = section(card, "Run")
     assert re.search(r"base model \| `.*warm_start` \(local\)", run)
     assert re.search(r"`.*data` \(local\)", section(card, "Training data"))

@@ -20,7 +20,7 @@ from cppo_trl.rewards import checker as checker_module
 
 pytestmark = pytest.mark.timeout(180)
 
-STUCK = ("1/2", "9^{9^{9}}")  # holds the interpreter in C code, where no signal handler of Python's runs
+STUCK = ("1/2", "hang")  # to workers of the fixture `hanging`
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,12 +43,13 @@ def wait_until(condition, seconds=10.0):
         time.sleep(0.02)
 
 
-def start_script(body, **kwargs):
+def start_script(body, boot=checker_module._BOOT, **kwargs):
     """Run a script that says the pids of its workers on its first line; returns the process and the pids."""
     head = """
         import os, signal, sys, threading, time
-        from cppo_trl.rewards import accuracy_reward
+        from cppo_trl.rewards import accuracy_reward, checker
         from cppo_trl.rewards.checker import shared_checker
+        checker._BOOT = os.environ["BOOT"]
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
         def say_pids():
             print(*(child.process.pid for child in shared_checker()._children), flush=True)
@@ -60,7 +61,7 @@ def start_script(body, **kwargs):
         stderr=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, "CPPO_REWARD_WORKERS": "2"},
+        env={**os.environ, "CPPO_REWARD_WORKERS": "2", "BOOT": boot},
         **kwargs,
     )
     pids = [int(pid) for pid in process.stdout.readline().split()]
@@ -75,19 +76,19 @@ def checker():
 
 
 def test_outcomes_come_in_order_and_each_pair_is_compared_once(checker, monkeypatch):
-    made = []
+    sent = []
+    send = checker_module._Worker.send
 
-    class CountedItem(checker_module._Item):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            made.append((self.gold, self.answer))
+    def counted_send(self, pairs, seconds):
+        sent.extend(pairs)
+        send(self, pairs, seconds)
 
-    monkeypatch.setattr(checker_module, "_Item", CountedItem)
+    monkeypatch.setattr(checker_module._Worker, "send", counted_send)
     pairs = [(f"{i % 50}/7", f"{i % 20}/7") for i in range(1000)]
     seen = []
     outcomes = checker.check(pairs, progress=seen.append)
     assert [outcome.why == "equal" for outcome in outcomes] == [i % 50 == i % 20 for i in range(1000)]
-    assert sorted(made) == sorted(set(pairs))
+    assert sorted(sent) == sorted(set(pairs))
     assert sum(seen) == 1000
 
 
@@ -130,7 +131,7 @@ def test_workers_outlive_the_thread_that_first_needed_them():
         assert worker_pids(checker) == before
 
 
-def test_asynchronous_form_leaves_the_loop_free():
+def test_asynchronous_form_leaves_the_loop_free(hanging):
     logged = {}
 
     async def main():
@@ -145,7 +146,7 @@ def test_asynchronous_form_leaves_the_loop_free():
         ticker = asyncio.create_task(tick())
         slow = type(accuracy_reward_async)(time_limit=1.0)
         rewards = await asyncio.gather(
-            slow([r"\boxed{9^{9^{9}}}"], ["1/2"]),
+            slow([r"\boxed{hang}"], ["1/2"]),
             *(
                 accuracy_reward_async([rf"\boxed{{{i}/7}}"], ["3/7"], log_metric=logged.__setitem__)
                 for i in range(1, 9)
@@ -236,7 +237,7 @@ def test_closing_leaves_no_process_and_no_zombie():
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def test_closing_ends_a_check_that_is_under_way():
+def test_closing_ends_a_check_that_is_under_way(hanging):
     checker = Checker(workers=1)
     ended = []
 
@@ -270,14 +271,15 @@ def test_a_script_killed_while_its_workers_idle_leaves_nothing():
 
 
 @pytest.mark.parametrize("setup", ["", "signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())"])
-def test_a_script_killed_while_a_worker_is_stuck_leaves_nothing(setup):
+def test_a_script_killed_while_a_worker_is_stuck_leaves_nothing(setup, hanging):
     process, pids = start_script(
         f"""
         {setup}
         from cppo_trl.rewards import AccuracyReward
         threading.Timer(1.0, say_pids).start()
-        AccuracyReward(time_limit=60.0)([r"\\boxed{{9^{{9^{{9}}}}}}", r"\\boxed{{8^{{9^{{9}}}}}}"], ["1/2"] * 2)
-        """
+        AccuracyReward(time_limit=60.0)([r"\\boxed{{hang}}", r"\\boxed{{hang on}}"], ["1/2"] * 2)
+        """,
+        boot=hanging,
     )
     process.kill()
     process.wait()
@@ -292,12 +294,13 @@ def test_a_stuck_worker_ends_itself_where_nobody_else_does():
         worker.GRACE_S = 0.5
         worker.PR_SET_PDEATHSIG = 0  # not an option of prctl: changes nothing
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+        worker.compare = lambda gold, answer: 9**9**9
         worker.serve(os.getppid(), 2 << 30)
     """
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
-    process.stdin.write(b'[["1/2", "9^{9^{9}}", 0.5]]\n')
+    process.stdin.write(b'[["1/2", "1/3", 0.5]]\n')
     process.stdin.flush()
     try:
         assert process.wait(30) == -signal.SIGALRM
@@ -306,15 +309,16 @@ def test_a_stuck_worker_ends_itself_where_nobody_else_does():
 
 
 @pytest.mark.parametrize("ignored", ["", "signal.signal(signal.SIGCHLD, signal.SIG_IGN)"])
-def test_ctrl_c_stops_the_script_and_its_workers(ignored):
+def test_ctrl_c_stops_the_script_and_its_workers(ignored, hanging):
     """A terminal sends it to the whole process group."""
     process, pids = start_script(
         f"""
         {ignored}
         from cppo_trl.rewards import AccuracyReward
         threading.Timer(1.0, say_pids).start()
-        AccuracyReward(time_limit=60.0)([r"\\boxed{{9^{{9^{{9}}}}}}", r"\\boxed{{8^{{9^{{9}}}}}}"], ["1/2"] * 2)
+        AccuracyReward(time_limit=60.0)([r"\\boxed{{hang}}", r"\\boxed{{hang on}}"], ["1/2"] * 2)
         """,
+        boot=hanging,
         start_new_session=True,
     )
     assert all(is_running(pid) for pid in pids)

@@ -9,11 +9,13 @@ import pytest
 from cppo_trl.rewards import (
     AccuracyReward,
     AsyncAccuracyReward,
+    Outcome,
     accuracy_reward,
     accuracy_reward_async,
     format_reward,
     soft_overlong_punishment,
 )
+from cppo_trl.rewards import audit as audit_module
 from cppo_trl.rewards.__main__ import main
 from cppo_trl.rewards.audit import audit_golds
 
@@ -47,7 +49,7 @@ def test_what_a_trainer_passes_is_accepted_and_logged():
     assert rewards == [1.0, 0.0, 0.0, 0.0, None, 1.0]
     assert columns == {
         "gold_parsed": ["1/2", "3", None, "3", None, "3"],
-        "answer_parsed": ["1/2", "2", None, None, None, "3"],
+        "answer_parsed": ["0.5", "2", None, None, None, "3"],
         "verdict": ["right", "wrong", "wrong", "wrong", "skipped", "right"],
         "why": ["equal", "different", "no_answer", "unparseable_answer", "unparseable_gold", "equal"],
     }
@@ -60,13 +62,13 @@ def test_what_a_trainer_passes_is_accepted_and_logged():
     }
 
 
-def test_time_outs_and_errors_are_counted():
+def test_time_outs_and_errors_are_counted(hanging):
     metrics = {}
     reward = AccuracyReward(time_limit=2.0)
-    completions = [r"\boxed{9^{9^{9}}}", r"\boxed{\binom{100000}{50000}}", r"\boxed{1/2}", r"\boxed{1/2}"]
+    completions = [r"\boxed{hang}", r"\boxed{memory}", r"\boxed{1/2}", r"\boxed{1/2}"]
     golds = ["3", "3", "9^{9^{9}}", "1/2"]
     assert reward(completions, golds, log_metric=metrics.__setitem__) == [0.0, 0.0, None, 1.0]
-    assert metrics["reward/timeout"] == 0.5
+    assert metrics["reward/timeout"] == 0.25
     assert metrics["reward/error"] == 0.25
     assert metrics["reward/unparseable_gold"] == 0.25
 
@@ -148,6 +150,18 @@ ROWS = [
     {"prompt": "When?", "solution": r"\}"},
     {"prompt": "Which?", "solution": "Answer: 1}"},
     {"prompt": "Whence?", "solution": "7"},
+    {"prompt": "a", "solution": "9 (pears)"},
+    {"prompt": "b", "solution": "2+2=5"},
+    {"prompt": "c", "solution": r"\frac{1}{0}"},
+    {"prompt": "d", "solution": r"(1) \boxed{\frac{1}{2}} (2) \boxed{\{3\}}"},
+    {"prompt": "e", "solution": r"\sum_{k=1}^{n} k^2"},
+    {"prompt": "f", "solution": "0,111"},
+    {"prompt": "g", "solution": "12:00"},
+    {"prompt": "h", "solution": "101_2"},
+    {"prompt": "i", "solution": r"\{x \mid x < 3\}"},
+    {"prompt": "j", "solution": "$C$ is not invertible"},
+    {"prompt": "k", "solution": "x" * 3000},
+    {"prompt": "l", "solution": r"\{1, 2, \ldots\}"},
 ]
 
 
@@ -155,12 +169,21 @@ def test_audit_finds_what_is_wrong():
     seen = []
     audit = audit_golds([row["solution"] for row in ROWS], [row["prompt"] for row in ROWS], seen.append)
     rows = {name: [row for row, _ in found] for name, found in audit.findings.items()}
-    assert rows["unusable"] == [5, 6, 7, 8]
+    assert rows["unusable"] == [5, 6, 7, 8, 11, 12, 20]
+    assert rows["unequal"] == rows["indiscriminate"] == []
+    assert rows["verbatim"] == [14, 17, 19, 21]
     assert rows["duplicates"] == [1, 2]
     assert rows["conflicts"] == [2]
-    assert rows["ambiguous"] == [3, 4]
+    assert rows["ambiguous"] == [3, 4, 13, 15, 16, 17]
     assert sum(seen) == audit.rows == len(ROWS)
-    assert "conflicts          1   10.00%\n    row 2: 3, but 2 in row 0" in audit.report()
+    assert "conflicts            1    4.55%" in audit.report()
+    assert "    row 2: 3, but 2 in row 0" in audit.report()
+
+
+def test_audit_finds_golds_that_reward_anything(monkeypatch):
+    """With a comparison that takes everything for equal, as none of the real one is known to do."""
+    monkeypatch.setattr(audit_module, "compare_answers", lambda golds, _: [Outcome("equal")] * len(golds))
+    assert [row for row, _ in audit_golds(["5", "x"]).findings["indiscriminate"]] == [0, 1]
 
 
 def write_rows(path, rows):

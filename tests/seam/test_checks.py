@@ -1,10 +1,14 @@
 """vLLM against the trainer after each weight sync, with a stand-in for the engine; the real one is in tests/vllm."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from cppo_trl import CPPOConfig
+from cppo_trl.seam.checks import check_model, keep_fp32_outputs
 from tests.conftest import FakeEngine, tiny_model
 
 
@@ -87,3 +91,46 @@ def test_a_rollout_func_may_sample_from_older_weights(make_trainer, monkeypatch)
     trainer.train()
     assert trainer.state.log_history[0]["cppo/rollout_mismatch_nats"] > 1
     assert torch.isfinite(next(trainer.model.parameters())).all()
+
+
+@pytest.mark.parametrize(
+    ("dropout", "disable", "warned"),
+    [
+        ({"attention_dropout": 0.3}, True, True),
+        ({"attention_dropout": 0.3}, False, False),
+        ({"attention_dropout": 0.0}, True, False),
+        ({}, True, False),
+    ],
+)
+def test_dropout_that_stays_on_is_named_and_no_other(dropout, disable, warned):
+    text = SimpleNamespace(vocab_size=23, **dropout)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = CPPOConfig("out", use_cpu=True, bf16=False, disable_dropout=disable)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_model(config, model)
+    assert [str(w.message).startswith("attention_dropout=0.3") for w in caught] == [True] * warned
+
+
+@pytest.mark.parametrize(("fsdp2", "precision"), [(True, "bf16"), (True, "no"), (False, "bf16")])
+def test_fsdp2_under_bf16_alone_hands_fp32_outputs_back(fsdp2, precision):
+    plugin = SimpleNamespace(mixed_precision_policy=None)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    keep_fp32_outputs(SimpleNamespace(is_fsdp2=fsdp2, mixed_precision=precision, state=state))
+    policy = plugin.mixed_precision_policy
+    if not (fsdp2 and precision == "bf16"):
+        assert policy is None
+    else:
+        types = (policy.param_dtype, policy.reduce_dtype, policy.output_dtype)
+        assert types == (torch.bfloat16, torch.float32, None)
+
+
+def test_a_tied_head_in_fp32_with_an_adapter_is_refused(make_trainer, tmp_path):
+    fields = {"cast_lm_head_to_fp32": True, "trainer": {"peft_config": LoraConfig(target_modules=["q_proj"])}}
+    tied = tiny_model(tie_word_embeddings=True)
+    tied.save_pretrained(tmp_path / "tied")
+    for model in (tied, str(tmp_path / "tied")):
+        with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True with a peft_config"):
+            make_trainer(model=model, **fields)

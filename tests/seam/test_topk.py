@@ -298,3 +298,16 @@ def test_topk_training_raises_the_reward(make_trainer):
     trainer.train()
     rewards = [h["reward"] for h in trainer.state.log_history if "reward" in h]
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
+
+
+def test_an_unknown_log_prob_adds_no_mass(make_trainer):
+    trainer = make_trainer(cppo_divergence="topk_tv", cppo_topk=4)
+    batch, mu = with_topk(trainer.model, injected_batch(trainer.model), k=4)
+    assert batch["completion_mask"][3, 4] == 1
+    batch["old_per_token_logps"][3, 4] = torch.nan
+    sampled = mu.gather(-1, batch["completion_ids"].unsqueeze(-1))[..., 0].exp()
+    mass = (sampled + batch["topk_logps"].exp().sum(-1)) * batch["completion_mask"]
+    mass[3, 4] = 0.0
+    gradients(trainer, batch)
+    expected = mass.sum().item() / batch["completion_mask"].sum().item()
+    assert trainer._metrics["train"]["cppo/topk_mass"] == pytest.approx([expected], rel=1e-5)

@@ -1,0 +1,473 @@
+r"""What an answer states: a value, several of them, a set of real numbers, an equation, or words.
+
+A text is split at its separators and relations, units are taken off, and what remains is left to
+:mod:`cppo_trl.rewards.expressions`. A text that states nothing of the kind is a string, equal to itself only. So are
+tasks that are not carried out (integrals, sums, limits): repeating the question earns nothing.
+"""
+
+import contextlib
+import re
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache, reduce
+from itertools import pairwise
+from random import Random
+from typing import Any
+
+from mpmath import mp, mpf
+
+from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
+from cppo_trl.rewards.regions import EMPTY, REALS, Region, above, below, difference, intersection, point, union
+from cppo_trl.rewards.text import NUMBER, normalise, squash
+from cppo_trl.rewards.units import SCALES, Unit, known_unit, unit_of
+
+POINTS = [(0.2, 3), (2, 9), (-3, -0.2), (-30, 30), (50, 500)]  # between which lie the numbers for symbols
+WHOLE_POINTS = 40  # whole numbers on top, for what is rounded
+MAX_DEPTH = 40  # of brackets
+MAX_ITEMS = 200
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """An expression, and the unit behind it; ``cut`` is a decimal with an ellipsis behind it."""
+
+    text: str
+    unit: Unit | None = None
+    cut: bool = False
+
+    @property
+    def symbols(self) -> frozenset[str]:
+        """The names in the expression."""
+        return _symbols(self.text)
+
+    def value(self, digits: int = 50, place: int = 0) -> Number:
+        """Return the value at one of the points, which are numbers for the symbols; raises UndefinedError."""
+        return _value(self.text, digits, place)
+
+
+@dataclass(frozen=True)
+class Many:
+    """Several values: ``","`` (a bare list), ``"{}"``, ``"()"`` and the like, ``"matrix"``, ``"row"``, ``":"``."""
+
+    kind: str
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A value and the name it is given: ``x = 5``, ``f(2) = 4``."""
+
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Relation:
+    r"""An equation or inequality that is not solved: the difference is ``=``, ``<``, ``\leq`` or ``\neq`` 0."""
+
+    sign: str
+    difference: Scalar
+
+
+@lru_cache(maxsize=16384)
+def _value(text: str, digits: int, place: int) -> Number:
+    return evaluate(text, lambda name: _sample(name, place), digits)
+
+
+@cache
+def _sample(name: str, place: int) -> Number:
+    if place >= len(POINTS):
+        return mpf(place - len(POINTS) + Random(name).randint(1, 9))
+    return mpf(Random(f"{name} {place}").uniform(*POINTS[place]))
+
+
+@lru_cache(maxsize=16384)
+def _symbols(text: str) -> frozenset[str]:
+    names: dict[str, Number] = {}
+    evaluate(text, lambda name: names.setdefault(name, _sample(name, 0)), 15)
+    return frozenset(names)
+
+
+@lru_cache(maxsize=16384)
+def read(text: str) -> tuple[Any, str]:
+    """Return what an answer states, and its text in one spelling.
+
+    Raises:
+        UnreadableError: If it is not even words: without letters and digits, or with brackets that do not match.
+        UndefinedError: If it has no value, as ``1/0`` and ``2 + 2 = 5``.
+    """
+    text = normalise(text)
+    _depths(text)  # the brackets match
+    if not re.search(r"\w|\\infty", text) and not _known_words(text):
+        raise UnreadableError
+    return _statements(text), squash(text)
+
+
+_PARTS = re.compile(r'"[^"]*"|\\begin\{[a-z]*\*?\}|\\end\{[a-z]*\*?\}|\\[a-zA-Z]+|\\.|.')
+_BRACKETS = {**dict.fromkeys(["(", "[", "{", r"\{", r"\beg"], 1), **dict.fromkeys([")", "]", "}", r"\}", r"\end"], -1)}
+
+
+def _depths(text: str) -> list[tuple[str, int]]:
+    """Return the parts of a text, each with the depth of the brackets around what follows; raises UnreadableError."""
+    parts, depth = [], 0
+    for part in _PARTS.findall(text):
+        depth += _BRACKETS.get(part[:4], 0)
+        if not 0 <= depth <= MAX_DEPTH:
+            raise UnreadableError
+        parts.append((part, depth))
+    if depth:
+        raise UnreadableError
+    return parts
+
+
+def _split(text: str, separators: str) -> tuple[list[str], list[str]]:
+    """Split at separators outside all brackets; returns the pieces and the separators between them."""
+    if not re.search(separators, text):
+        return [text.strip()], []
+    outside, depth = "", 0  # the text with what is inside brackets blotted out
+    for part, after in _depths(text):
+        outside += part if depth == after == 0 else "\0" * len(part)
+        depth = after
+    pieces, signs, at = [], [], 0
+    for match in re.finditer(separators, outside):
+        pieces.append(text[at : match.start()].strip())
+        signs.append(match[0].strip())
+        at = match.end()
+    return [*pieces, text[at:].strip()], signs
+
+
+def _statements(text: str) -> Any:
+    if (known := _known_words(text)) is not None:
+        return known
+    pieces, separators = _split(text, r"[,;]|\b(?:and|or)\b")
+    try:
+        return _together([_statement(piece) for piece in pieces if piece], set(separators))
+    except UnreadableError:
+        return _words(text)
+
+
+def _words(text: str) -> str:
+    plain = text.replace('"', "").strip(" .,;:!")
+    return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
+
+
+_NUMERALS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+).split()
+
+
+def _known_words(text: str) -> Any:
+    """Return the value of words that have one."""
+    plain = text.replace('"', "").strip(" .()").lower()
+    if plain in _NUMERALS:
+        return Scalar(str(_NUMERALS.index(plain)))
+    if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset|\\\{\s*\\\}", plain):
+        return EMPTY
+    return REALS if re.fullmatch(r"ℝ|(?:the )?(?:set of )?(?:all )?reals?(?: numbers)?", plain) else None
+
+
+def _together(values: list[Any], separators: set[str]) -> Any:
+    """Return what several statements state together."""
+    items = [part for value in values for part in (value.items if _is_list(value) else [value])]
+    if len(items) == 1:
+        return items[0]
+    if not 0 < len(items) <= MAX_ITEMS:
+        raise UnreadableError
+    regions = [item for item in items if isinstance(item, Region) and item.name]
+    if len(regions) == len(items) and len({region.name for region in regions}) == 1:
+        if separators == {"or"}:
+            return reduce(union, regions)
+        if separators == {"and"} or all(region.inside == (True, False, True) for region in regions):
+            return _not_empty(reduce(intersection, regions))
+    names = {item.name if isinstance(item, Named) else isinstance(item, Scalar) or None for item in items}
+    if isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
+        items = [item.value if isinstance(item, Named) else item for item in items]
+    return Many(",", tuple(items))
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Many) and value.kind == ","
+
+
+_TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
+_LESS = {">": "<", r"\geq": r"\leq"}
+_IN_BARS = re.compile(r"\|\s*([^|]+)\|\s*(<|>|\\leq|\\geq)(.+)")
+
+
+def _statement(text: str) -> Any:
+    """Read an equation, an inequality or a value."""
+    if _TASKS.search(text):
+        raise UnreadableError
+    if text.count(r"\pm") == 1 or (r"\mp" in text and text.count(r"\pm") < 2):
+        both = [text.replace(r"\pm", sign).replace(r"\mp", other) for sign, other in ("+-", "-+")]
+        return _together([_statement(one) for one in both], {","})
+    if (bars := _IN_BARS.fullmatch(text)) and _name(bars[1].strip()):  # |x| < 3
+        name, sign, bound = bars.groups()
+        if sign in _LESS:
+            return _statements(f"{name} {_LESS[sign]} -({bound}) or {name} {sign} {bound}")
+        return _statement(f"-({bound}) {sign} {name} {sign} {bound}")
+    sides, signs = _split(text, r"<|>|=|\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])")
+    if not signs:
+        return _item(text)
+    if signs == [r"\in"]:
+        value = _item(sides[1])
+        return replace(value, name=_name(sides[0]) or "") if isinstance(value, Region) else value
+    return _equation(sides, signs) if set(signs) <= {"=", r"\approx"} else _inequality(sides, signs)
+
+
+def _equation(sides: list[str], signs: list[str]) -> Any:
+    name = _name(sides[0])
+    if name is None and len(sides) == 2 and (name := _name(sides[1])):
+        sides = sides[::-1]
+    values = [_item(side) for side in sides[bool(name) :]]
+    if name:
+        signs = signs[1:]
+        if any(isinstance(value, Scalar) and name in value.symbols for value in values):
+            raise UndefinedError  # x = x + 1
+    elif not all(isinstance(value, Scalar) for value in values):
+        raise UnreadableError
+    elif len(sides) == 2 and (values[0].symbols or values[1].symbols):
+        return Relation("=", Scalar(f"({values[0].text})-({values[1].text})"))
+    exact = signs.index(r"\approx") if r"\approx" in signs else len(signs)
+    for left, right in pairwise(values[: exact + 1]):
+        if not isinstance(left, Scalar) or not isinstance(right, Scalar) or left.symbols | right.symbols:
+            raise UnreadableError
+        if not same_number(left, right):
+            raise UndefinedError  # 2 + 2 = 5
+    for rounded in values[exact + 1 :]:
+        if not (isinstance(rounded, Scalar) and is_near(values[exact], rounded)):
+            raise UndefinedError
+    return Named(name, values[exact]) if name else values[exact]
+
+
+def is_near(exact: Any, rounded: Scalar) -> bool:
+    """Tell whether a decimal differs from a number by less than its last place; true of what is no decimal."""
+    decimal = DECIMAL.fullmatch(rounded.text)
+    if not decimal or not isinstance(exact, Scalar) or exact.symbols:
+        return True
+    return abs(exact.value() - rounded.value()) <= mpf(10) ** (int(decimal[5] or 0) - len(decimal[3]))
+
+
+def _inequality(sides: list[str], signs: list[str]) -> Any:
+    bounds = [None if _name(side) else real(_item(side)) for side in sides]
+    if None not in bounds:
+        raise UndefinedError  # 0 < 1
+    unknown = bounds.index(None)
+    if bounds.count(None) == 1 and len(signs) < 3 and (name := _name(sides[unknown])):
+        region = replace(REALS, name=name)
+        for place, sign in enumerate(signs):
+            name_first = place == unknown
+            bound, closed = bounds[place + name_first], "eq" in sign
+            if sign == r"\neq":
+                part = difference(REALS, point(bound))
+            else:
+                part = (below if (sign in ("<", r"\leq")) == name_first else above)(bound, closed)
+            region = intersection(region, part)
+        return _not_empty(region)
+    values = [_item(side) for side in sides]
+    if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
+        raise UnreadableError
+    left, right = values[::-1] if signs[0] in _LESS else values
+    return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left.text})-({right.text})"))
+
+
+def _not_empty(region: Region) -> Region:
+    if True not in region.inside:
+        raise UndefinedError  # x < 1 and x > 2
+    return region
+
+
+def same_number(left: Scalar, right: Scalar) -> bool:
+    """Tell whether two expressions have one value: at the points where both are real, or else where both have one."""
+    symbolic, rounded = left.symbols | right.symbols, r"\l" in re.sub(r"\\l[^fc]", "", left.text + right.text)
+    pairs = {}
+    for place in range(len(POINTS) + WHOLE_POINTS * rounded if symbolic else 1):
+        with contextlib.suppress(UndefinedError):
+            pairs[place] = left.value(50, place), right.value(50, place)
+    real_pairs = {place: pair for place, pair in pairs.items() if mp.im(pair[0]) == 0 == mp.im(pair[1])}
+    pairs = real_pairs if len(real_pairs) > 1 else pairs
+    place, digits = min(pairs, default=0), 100 if symbolic else 1000
+    same = bool(pairs) and all(close(*pair, 50) for pair in pairs.values())
+    return same and close(left.value(digits, place), right.value(digits, place), digits)
+
+
+def close(left: Number, right: Number, digits: int) -> bool:
+    """Tell whether two values of so many digits are the same."""
+    with mp.workdps(digits):
+        if mp.isinf(left) or mp.isinf(right):
+            return bool(left == right)
+        small, large = sorted([abs(left), abs(right)])
+        noise = mpf(10) ** (15 - digits)
+        return bool(abs(left - right) <= noise * large or large <= noise * (1 if small == 0 else 1e-10))
+
+
+def real(value: Any) -> Any:
+    """Return the value of a real constant, None of anything else."""
+    number = value.value() if isinstance(value, Scalar) and not value.symbols else 1j
+    return number if mp.im(number) == 0 else None
+
+
+_SUBSCRIPT = r"(?:_(?:\{(?:[^{}]|\{[^{}]*\})*\}|\\?\w))?"
+_LETTER = rf"(?:[a-zA-Z]|\\(?:{'|'.join(sorted(GREEK))})(?![a-zA-Z]))"
+_NAME = re.compile(
+    rf"(?:{_LETTER}|m?\s*\\(?:angle|triangle)\s*[A-Z]+|\\(?:vec|overrightarrow|hat|bar|overline|tilde)\s*(?:\{{[^{{}}]*\}}|\w)"
+    rf'|[A-Z]{{2,4}}|"[^"]+"|\\frac\s*\{{\s*d\s*\w\s*\}}\s*\{{\s*d\s*\w\s*\}}|\\(?:sin|cos|tan)\s*{_LETTER}){_SUBSCRIPT}'
+    rf"(?:'|\^\{{?(?:-1|\\prime)\}}?)*(?P<call>\s*\([^()=<>]*\))?"
+    rf"|\(\s*{_LETTER}{_SUBSCRIPT}(?:\s*,\s*{_LETTER}{_SUBSCRIPT})+\s*\)"
+)
+_FACTORS = "abcdeiklmnorstuvxyz"  # before parentheses a factor, unless these hold one number or t
+
+
+def _name(text: str) -> str | None:
+    """Return the name that a text is: a letter, a call, a segment, a derivative, words or a tuple of letters."""
+    name = _NAME.fullmatch(text)
+    product = name and name["call"] and text[0] in _FACTORS and not re.fullmatch(r" *\( *(?:t|\d+) *\)", name["call"])
+    return re.sub(r'[\s{}"]', "", text) if name and not product else None
+
+
+_SET_SIGNS = {r"\cup": union, r"\cap": intersection, r"\setminus": difference}
+
+
+def _item(text: str) -> Any:
+    """Read one value: a scalar, brackets and what is in them, a union, a matrix or words."""
+    if (known := _known_words(text)) is not None:
+        return known
+    pieces, signs = _split(text, r"\\(?:cup|cap|setminus)(?![a-zA-Z])")
+    if signs:
+        return _set_operation([_item(piece) for piece in pieces], signs)
+    if r"\begin" in text:
+        return _matrix(text)
+    parts = _depths(text)
+    if len(parts) > 1 and parts[0][0] in _BRACKETS and all(depth for _, depth in parts[:-1]):
+        value = _bracketed(parts[0][0], text[len(parts[0][0]) : -len(parts[-1][0])].strip(), parts[-1][0])
+        if value is not None:
+            return value
+    return _words(text) if _WORDS.fullmatch(text) else _number(text)
+
+
+_WORDS = re.compile(
+    r"\d\w*_(?:\{\d+\}|\d+)"  # 101_2: a number in another base equals itself only
+    r'|(?=[a-zA-Z"])(?:(?=.*")|[Nn]o$|(?=.*[a-zA-Z]{3})(?=.*[aeiouyAEIOUY]))[^\\^_=+*/<>|]*'
+)
+
+
+def _number(text: str) -> Any:
+    """Read a scalar or a ratio; two numbers that may be a time stay apart."""
+    pieces, signs = _split(text, ":")
+    if not signs:
+        return _scalar(text)
+    if len(signs) == 1 and not re.fullmatch(r"\d{1,2}\s*:\s*[0-5]\d\b.*", text):
+        return _scalar(f"({pieces[0]})/({pieces[1]})")
+    return Many(":", tuple(_scalar(piece) for piece in pieces))
+
+
+def _set_operation(values: list[Any], signs: list[str]) -> Any:
+    regions = [region_of(value) for value in values]
+    result = regions[0]
+    for sign, region in zip(signs, regions[1:], strict=True):
+        result = result and region and _SET_SIGNS[sign](result, region)
+    if result is None and set(signs) != {r"\cup"}:
+        raise UnreadableError
+    return result or Many("{}", tuple(values))
+
+
+def region_of(value: Any) -> Region | None:
+    """Return a value as a set of real numbers, or None if it is none."""
+    if isinstance(value, Region) or not isinstance(value, Many):
+        return value if isinstance(value, Region) else None
+    ends = [end for item in value.items if (end := real(item)) is not None]
+    if not ends or len(ends) < len(value.items):
+        return None
+    if value.kind == "{}":
+        return reduce(union, map(point, ends))
+    if value.kind in ("()", "[)", "(]", "[]") and len(ends) == 2 and ends[0] < ends[1]:
+        return intersection(above(ends[0], value.kind[0] == "["), below(ends[1], value.kind[1] == "]"))
+    return None
+
+
+def _bracketed(opening: str, inside: str, closing: str) -> Any:
+    """Read a set, an interval, a tuple; None if the brackets only group a scalar."""
+    if opening in (r"\{", "{"):
+        head, signs = _split(inside, r"[|:]")
+        if signs and (_name(head[0]) or r"\in" in head[0]):
+            condition = _statements(inside[inside.index(signs[0], len(head[0])) + 1 :].replace(",", " and "))
+            return replace(condition, name="") if isinstance(condition, Region) else re.sub(r"\s", "", f"{{{inside}}}")
+    pieces, signs = _split(inside, "[,;]")
+    items = [_statement(piece) for piece in pieces] if signs or opening == r"\{" else []
+    if opening == r"\{" or (opening == "{" and signs):
+        return Many("{}", tuple(part for item in items for part in (item.items if _is_list(item) else [item])))
+    if signs:
+        return Many(opening + closing, tuple(items))
+    return _item(inside) if r"\begin" in inside else None
+
+
+_MATRIX = re.compile(r"\[?\s*\\begin\{([pb]?matrix|array|smallmatrix)\}(?:\s*\{[lcr|\s]*\})?(.*)\\end\{\1\}\s*\]?")
+
+
+def _matrix(text: str) -> Many:
+    match = _MATRIX.fullmatch(text)
+    if not match or r"\begin" in match[2]:
+        raise UnreadableError
+    rows = [tuple(_item(cell.strip()) for cell in row.split("&")) for row in match[2].split(r"\\") if row.strip()]
+    if len({len(row) for row in rows}) != 1:
+        raise UnreadableError
+    return Many("matrix", tuple(Many("row", row) for row in rows))
+
+
+_PLAIN_VALUE = rf"[-+]?\s*(?:{NUMBER}|\d+\s*/\s*\d+|\d*\\frac\s*\{{\d+\}}\s*\{{\d+\}})\.?"
+_EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
+_PERCENT = re.compile(r'(.*[\d)}.])\s*(?:\\?%|"?\s*(?:percent|per cent|pct|percentage)\s*"?)')
+_DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\{?\s*\\circ\s*\}?\s*"?\s*([CF]?)\s*"?')
+_STYLED_UNIT = re.compile(
+    rf'(.*?[\w)}}!\]])\s*("[^"]+"{_EXPONENT}(?:\s*(?:(?:/|\\cdot)\s*(?:"[^"]+"|[a-zA-Z]+)|"[^"]+"){_EXPONENT})*)'
+)
+_WORD = r"[a-zA-Z']+(?:-[a-zA-Z]{2,})*\.?"  # 3ns-s^2 has no unit
+_PHRASE = rf"{_WORD}(?:[ /.]{_WORD}){{0,4}}"
+_PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))')
+_NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
+
+
+_PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{5,})")
+
+
+def _strip_unit(text: str) -> tuple[str, str]:
+    """Take the unit off a value; returns the value and the words of the unit, if any."""
+    if tail := _PERCENT.fullmatch(text):
+        return tail[1], "%"
+    if tail := _DEGREE.fullmatch(text):
+        return tail[1], "degree" + tail[2]
+    spaced = " "
+    if tail := _PLAIN_UNIT.fullmatch(text):
+        value, spaced, unit = tail.groups()
+    elif tail := _STYLED_UNIT.fullmatch(text):
+        value, unit = tail.groups()
+    else:
+        return text, ""
+    unit = re.sub(r'["\s{}()]+', " ", unit.replace(r"\cdot", " ").replace(".", ""))
+    unit = re.sub(r" ?\^ ?", "^", unit).strip()
+    if _NO_UNIT.match(unit):
+        raise UnreadableError
+    word = re.split(r"[^a-zA-Z]", unit)[0]
+    known = (spaced or len(word) > 1) and (known_unit(word) or word in ("st", "nd", "rd", "th"))
+    word_like = re.search("[a-zA-Z]{3}" if spaced else r"\([^)]*[a-zA-Z]{4}", text)
+    return (value, unit) if known or '"' in text or word_like else (text, "")
+
+
+DECIMAL = re.compile(
+    r"([-+]?)\s*(\d*)\.?(\d*)\s*(\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
+)
+
+
+def _scalar(text: str) -> Scalar:
+    value, unit = _strip_unit(text)
+    if _PROSE.search(value):
+        raise UnreadableError
+    first, _, rest = unit.partition(" ")
+    if first.lower() in SCALES:
+        value, unit = f"({value})*{SCALES[first.lower()]}", rest
+    elif first.lower() in ("squared", "cubed"):
+        value, unit = f"({value})^{2 if first[0] in 'sS' else 3}", rest
+    cut = bool(DECIMAL.fullmatch(value)) and r"\ldots" in value
+    scalar = Scalar(value.replace(r"\ldots", "") if cut else value, unit_of(unit) if unit else None, cut)
+    scalar.value()  # it has one
+    return scalar

@@ -1,0 +1,142 @@
+r"""From the LaTeX and the plain text that people and models write to one spelling.
+
+In the result words stand in double quotes, except bare ones: ``5\text{ cm}`` becomes ``5 "cm"``, ``5 apples`` stays.
+"""
+
+import re
+from collections.abc import Callable
+
+from cppo_trl.rewards.expressions import FUNCTIONS
+from cppo_trl.rewards.units import SCALES, is_unit_letter
+
+NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_SYMBOLS = str.maketrans(
+    {
+        "–": "-", "—": "-", "−": "-", "‑": "-", "﹣": "-", "，": ",", "．": ".", "：": ":", "％": "%", "＝": "=",
+        "（": "(", "）": ")", "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
+        "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ",
+        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
+        "⅔": r"\frac{2}{3}", "°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ",
+        "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "⁄": "/", "≈": r"\approx ", "θ": r"\theta ",
+        "…": r"\ldots ", "′": "'", "’": "'", '"': " ", "“": " ", "”": " ", "；": ";", "、": ",", "∠": r"\angle ",
+    }
+)  # fmt: skip
+_COMMANDS = {
+    alias: command
+    for command, aliases in {
+        r"\leq ": "le leqslant leqq", r"\geq ": "ge geqslant geqq", r"\neq ": "ne", "<": "lt", ">": "gt",
+        r"\emptyset ": "varnothing", r"\{": "lbrace", r"\}": "rbrace", "(": "langle lparen", ")": "rangle rparen",
+        "|": "mid vert lvert rvert", r"\ldots ": "dots cdots dotsc dotsb", " or ": "lor vee", " and ": "land wedge",
+        ":": "colon", r"^\circ ": "degree", r"\approx ": "simeq", r"\setminus ": "backslash smallsetminus",
+        r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "bullet", "*": "ast", "i": "imath",
+        "ℝ": "R reals Reals", " ": "quad qquad thinspace space", "": "left right displaystyle textstyle limits "
+        "big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr bf rm it sf tt bold normalsize nonumber",
+    }.items()
+    for alias in aliases.split()
+}  # fmt: skip
+_CURRENCIES = {"$": "dollar", "€": "euro", "£": "lb", "₹": "rupee", "¥": "yuan"}
+_CURRENCIES |= {"USD": "dollar", "EUR": "euro", "GBP": "lb", "Rs": "rupee"}
+_CURRENCY = r"\\?(\$|€|£|₹|¥|\b(?:USD|EUR|GBP|Rs)\b)\.?"
+_STYLE = re.compile(
+    r"\\(?:text(?:bf|rm|it|normal|sf|tt)?|math(?:rm|bf|it|sf|cal|frak)|mbox|boldsymbol|bm|operatorname\*?|underline|emph|"
+    r"(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
+)
+_DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
+_LEAD_IN = re.compile(
+    r"[^\d:]*(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*|\W*", re.IGNORECASE
+)
+_DOUBT = re.compile(
+    r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE
+)
+_UNIT_BEHIND = re.compile(r"\s*(?!(?:is|are|was|if|and|or|not|but|for|when|where)\b)(?:[a-zA-Z.]+\s*){0,3}[.\s]*")
+
+
+def _styled(match: re.Match[str]) -> str:
+    words = match[1].strip(" ~")
+    if words in ("and", "or"):
+        return f" {words} "
+    if words in FUNCTIONS:
+        return rf"\{words} "
+    before = match.string[: match.start()].rstrip(" ~\\,")[-1:]
+    if len(words) < 2 or re.match(r"[-+.\d(]", words) or re.search(r"[\\+=^_<>]", words):
+        return f' "{words}" ' if is_unit_letter(words) and re.match(r'[\d})"/]', before) else words
+    return f' "{words}" '
+
+
+def _repeating(match: re.Match[str]) -> str:
+    whole, fixed, repeated = match.groups()
+    over = int(whole + fixed + repeated) - int(whole + fixed or 0)
+    return rf"{{\frac{{{over}}}{{{'9' * len(repeated)}{'0' * len(fixed)}}}}}"
+
+
+_SPACE = r"(?<!\\)\\[,;:! ]|~"
+_THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
+_THOUSANDS_OUTSIDE = re.compile(rf"\([^()]*\)|\[[^\[\]]*\]|\\\{{.*?\\\}}|{_THOUSANDS.pattern}")
+_REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"\\(?:left|right)\s*\.", ""),
+    (
+        r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)",
+        lambda m: re.sub(r"\D", "", m[0]),
+    ),
+    (_SPACE, " "),
+    (
+        r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?",
+        lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"',
+    ),
+    (r"\\([a-zA-Z]+)\s*", lambda m: _COMMANDS.get(m[1], m[0])),
+    (r"(?<!\\)\\(\d)", r"\1"),
+    (
+        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(SCALES)})\b)?",
+        lambda m: f'{m[2]}{m[3] or ""} "{_CURRENCIES[m[1]]}"',
+    ),
+    (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{_CURRENCIES[m[2]]}"'),
+    (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
+    (r"\*\*", "^"),
+    (r"<=|=<", r"\\leq "),
+    (r">=", r"\\geq "),
+    (r"!=", r"\\neq "),
+    (r"\.{3}", r"\\ldots "),
+    (r"(?<!\d)(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{?(\d+)\}?", _repeating),
+    (r"(?<![\d.])(?=[\d.]+\s*\\ldots)(\d*)\.(\d*?)(\d)\3\3+\s*\\ldots(?![a-zA-Z])", _repeating),
+    (r"(?<=\d)\s*[xX*]\s*10\s*\^", r"\\times 10^"),
+    (r"(?<![\w.])(\d+(?:\.\d*)?|\.\d+)[eE]([-+]?\d+)(?!\w)", r"\1\\times 10^{\2}"),
+    (r"(?<![\d.^_])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d.])", r"\1\\frac{\2}{\3}"),
+    (r"(?<![_^]\d)(?<!\\frac \d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ", "),
+    (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
+    (r"^\\approx\s*", ""),
+    (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
+]
+_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
+_BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])")
+
+
+def normalise(text: str) -> str:
+    """Return a text in one spelling: separators of thousands, styles, currencies and synonyms of commands resolved."""
+    text = _out_of_prose(" ".join(text.translate(_SYMBOLS).split()).strip("*_ "))
+    while (styled := _STYLE.sub(_styled, text)) != text:
+        text = styled
+    for pattern, replacement in _RULES:
+        text = pattern.sub(replacement, text)
+    thousands = _THOUSANDS if ", " in text else _THOUSANDS_OUTSIDE  # (1,000, 2) has a thousand, (1,000) perhaps not
+    text = thousands.sub(lambda match: match[0] if match[0][0] in "([\\" else match[0].replace(",", ""), text)
+    parts = re.split('("[^"]*")', text)
+    parts[::2] = [
+        _BARE_COMMAND.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", part) for part in parts[::2]
+    ]
+    text = " ".join("".join(parts).split())
+    return text if text.endswith(r"\.") else text.rstrip(" .,;:")
+
+
+def squash(text: str) -> str:
+    """Return a text without the spaces that change nothing."""
+    return re.sub(r"\s*([^\w\s\\])\s*|\s+(?=\\)", r"\1", text)
+
+
+def _out_of_prose(text: str) -> str:
+    """Take one formula out of the sentence that gives it as the answer; no other sentence gives up its formulas."""
+    formulas = list(_DELIMITED.finditer(text))
+    if len(formulas) == 1:
+        before, after = text[: formulas[0].start()], text[formulas[0].end() :]
+        if _LEAD_IN.fullmatch(before) and not _DOUBT.search(before) and _UNIT_BEHIND.fullmatch(after):
+            text = formulas[0][0] + after
+    return _DELIMITED.sub(lambda m: f" {m[1] or m[2] or m[3]} ", text).strip()
