@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-rewards test-vllm lint reference docs build clean
+.PHONY: install quickstart test test-gpu test-triton test-rewards test-vllm gpu-kit lint reference docs build clean
 
 install: .venv/.installed
 
@@ -16,6 +16,19 @@ quickstart: install  ## train a small model with CPPO on this machine, no GPU ne
 
 test: install  ## the whole default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-gpu: install  ## what a GPU must do as the CPU does; CPPO_TEST_DEVICE=cpu runs all but CUDA's own here
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
+
+test-triton: install .triton/.installed  ## TRL's Triton kernels with ours on them, by Triton's interpreter on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu/test_interpreter.py
+
+.triton/.installed:
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target .triton triton==3.9.0
+	touch $@
+
+gpu-kit: install  ## what a machine without network needs, in .gpu-kit
+	$(BIN)/python scripts/gpu_kit.py gather
 
 test-rewards: install  ## the math reward against 100,000 changed and 100,000 restated values, and a long search for exploits
 	REWARD_CASES=200000 $(BIN)/python -m pytest -s tests/rewards/test_properties.py tests/rewards/test_adversary.py
@@ -48,4 +61,4 @@ build: install  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-vllm outputs dist
+	rm -rf .venv .venv-vllm .triton .gpu-kit outputs dist

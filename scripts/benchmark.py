@@ -1,9 +1,11 @@
 """What the trust region costs: both sides of every comparison alternate in one process.
 
-    python scripts/benchmark.py --layers 4 --hidden 512 --vocabulary 32768 --rows 8 --length 256
+    python scripts/benchmark.py --shape small --rows 8 --length 256  # on a CPU
+    python scripts/benchmark.py --shape 1.7b --bf16 --checkpointing --length 8192 16384  # on a GPU
 
 Parts, all of them unless named after --parts:
 
+state     what the dry run says of weights, gradients and AdamW, against what is held; the peak of a whole update
 step      forward, loss and backward of one batch: CPPO (Binary, Top-K) against TRL's GRPO, time and peak memory
 rollout   the pass that scores a rollout, Top-K against Binary
 rule      the rule alone on 64 x 16,384 tokens, against a plain copy of its inputs and against a loop over responses
@@ -11,7 +13,8 @@ length    the rule and its record for one token, by response length
 topk      a Top-K step by K, and by the two ways to score the listed tokens
 accuracy  what two equal policies seem to differ by, by precision
 
-step, rollout and topk use a model of Qwen3-1.7B's shape with random weights, smaller where told.
+state, step, rollout and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for each
+--length.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from trl.trainer.utils import add_fused_lm_head
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from cppo_trl.divergence import binary_tv, topk_tv
+from cppo_trl.launch.plan import Layout, state_bytes
 from cppo_trl.metrics import loss_record
 from cppo_trl.rules import RULES
 from cppo_trl.seam import state
@@ -45,6 +49,12 @@ from cppo_trl.seam.topk import HeadTap
 from cppo_trl.trust_region import cppo_mask, masked_quantile, prefix_budget
 
 K = 20
+SHAPES = {  # layers, size of the hidden states, heads, vocabulary
+    "tiny": (2, 128, 2, 1000),
+    "small": (4, 512, 4, 32_768),
+    "0.6b": (28, 1024, 16, 151_936),
+    "1.7b": (28, 2048, 16, 151_936),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FIELDS: Any = {"delta": 0.15, "w_min": 0.8, "delta_b": 0.02, "delta_b_quantile": 0.9, "delta_b_max_multiple": 2.0}
 Row = dict[str, Any]
@@ -108,8 +118,8 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
-def qwen3(layers: int, hidden: int = 2048, vocabulary: int = 151_936, tied: bool = True) -> Qwen3ForCausalLM:
-    """Random weights in Qwen3-1.7B's shape, or narrower; the same at each call."""
+def qwen3(layers: int, hidden: int, heads: int, vocabulary: int, tied: bool = True) -> Qwen3ForCausalLM:
+    """Random weights in a shape of SHAPES; the same at each call."""
     torch.manual_seed(0)
     return Qwen3ForCausalLM(
         Qwen3Config(
@@ -117,8 +127,8 @@ def qwen3(layers: int, hidden: int = 2048, vocabulary: int = 151_936, tied: bool
             hidden_size=hidden,
             intermediate_size=3 * hidden,
             num_hidden_layers=layers,
-            num_attention_heads=hidden // 128,
-            num_key_value_heads=hidden // 256,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
             head_dim=128,
             tie_word_embeddings=tied,
         )
@@ -128,7 +138,7 @@ def qwen3(layers: int, hidden: int = 2048, vocabulary: int = 151_936, tied: bool
 class Bench:
     """TRL's trainer and ours at equal settings, and one made-up batch."""
 
-    def __init__(self, shape: Mapping[str, Any], rows: int, length: int, bf16: bool) -> None:
+    def __init__(self, shape: str, rows: int, length: int, bf16: bool, checkpointing: bool) -> None:
         self.config = CPPOConfig(
             tempfile.mkdtemp(),
             cppo_divergence="topk_tv",
@@ -139,9 +149,12 @@ class Bench:
             bf16=bf16,
             report_to=[],
         )
-        self.ours = self._trainer(CPPOTrainer, shape)
-        self.host = self._trainer(GRPOTrainer, shape)
-        self.vocabulary = shape["vocabulary"]
+        with DEVICE:  # billions of weights are drawn there
+            model = qwen3(*SHAPES[shape])
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.ours, self.host = self._trainer(CPPOTrainer, model), self._trainer(GRPOTrainer, model)  # of one model
+        self.vocabulary = model.config.vocab_size
         g = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, self.vocabulary, (rows, 64 + length), generator=g)
         batch = {
@@ -155,9 +168,9 @@ class Bench:
         }
         self.batch = {name: value.to(DEVICE) for name, value in batch.items()}
 
-    def _trainer(self, kind: type[GRPOTrainer], shape: Mapping[str, Any]) -> Any:
+    def _trainer(self, kind: type[GRPOTrainer], model: Any) -> Any:
         trainer = kind(
-            qwen3(**shape),
+            model,
             lambda completions, **_: [0.0] * len(completions),
             self.config,
             train_dataset=Dataset.from_dict({"prompt": ["1+1="] * 8}),
@@ -186,10 +199,31 @@ class Bench:
 
         return work
 
-    @staticmethod
-    def _step(trainer: Any, batch: dict[str, Tensor]) -> None:
-        trainer._compute_loss(trainer.model, dict(batch)).backward()
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.config.bf16)  # as Accelerate's around forward
+
+    def _step(self, trainer: Any, batch: dict[str, Tensor]) -> None:
+        with self._autocast():
+            loss = trainer._compute_loss(trainer.model, dict(batch))
+        loss.backward()
         trainer.model.zero_grad(set_to_none=False)
+
+    def state(self) -> Row:
+        """Bytes of weights, gradients and AdamW: planned, held after an update, and the most during one."""
+        parameters = list(self.ours.model.parameters())
+        optimizer = torch.optim.AdamW(parameters)
+
+        def update() -> None:
+            self._step(self.ours, self.batch)
+            optimizer.step()
+
+        self.config.cppo_divergence = "binary_tv"
+        update()
+        moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
+        held = sum(x.nbytes for x in [*parameters, *(p.grad for p in parameters if p.grad is not None), *moments])
+        count = sum(p.numel() for p in parameters)
+        planned = state_bytes(count, count, Layout(), 4)
+        return {"planned": planned, "held": held, "peak": held + peak_bytes(update)}
 
     def score_rollout(self, divergence: str) -> Callable[[], None]:
         """The pass over a new rollout."""
@@ -199,7 +233,7 @@ class Bench:
         def work() -> None:
             self.config.cppo_divergence = divergence
             self.ours._rollout = state.Rollout(self.config, step=0, process=0)
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 self.ours._get_per_token_logps_and_entropies(self.ours.model, inputs, torch.ones_like(inputs), length)
             self.ours._rollout = None
 
@@ -218,7 +252,7 @@ def rule_inputs(rows: int, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return divergence.to(DEVICE), advantages.to(DEVICE), log_ratio.to(DEVICE), mask.to(DEVICE)
 
 
-def rule(repeats: int, rows: int = 64, length: int = 16_384) -> list[Row]:
+def rule(repeats: int, rows: int, length: int) -> list[Row]:
     """The rule alone, against a copy of what it reads and against a loop over responses."""
     inputs = divergence, advantages, log_ratio, mask = rule_inputs(rows, length)
     verdict = RULES["cppo"].judge(*inputs, **FIELDS)
@@ -246,13 +280,13 @@ def rule(repeats: int, rows: int = 64, length: int = 16_384) -> list[Row]:
     return compare(f"rule alone, {rows} x {length}", variants, repeats)
 
 
-def by_length(repeats: int, tokens: int = 2**19) -> list[Row]:
+def by_length(repeats: int, tokens: int) -> list[Row]:
     """Rule and record together at a constant number of tokens."""
 
     def both(inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Callable[[], Any]:
         return lambda: loss_record(*inputs, RULES["cppo"].judge(*inputs, **FIELDS))
 
-    lengths = [512 * 2**i for i in range(7)]
+    lengths = [2**i for i in range(9, 16) if 2**i <= tokens]
     variants = {f"{tokens // n} x {n}": both(rule_inputs(tokens // n, n)) for n in lengths}
     return compare(f"rule and record, {tokens} tokens", variants, repeats)
 
@@ -261,7 +295,7 @@ def accuracy(rows: int = 2, length: int = 128) -> list[Row]:
     """Error of D_t by way and precision: what two equal policies seem to differ by, against fp64."""
     results: list[Row] = []
     for name, bf16, fp32_head in (("fp32", False, False), ("bf16", True, False), ("bf16, fp32 head", True, True)):
-        model = qwen3(1, hidden=512, tied=False)
+        model = qwen3(1, 512, 4, 151_936, tied=False)
         model.lm_head.weight.data *= 9  # peaked, as a trained model
         add_fused_lm_head(model, cast_lm_head_to_fp32=fp32_head, outputs=("log_probs", "entropy"))
         ids = torch.randint(0, 150_000, (rows, 8 + length))
@@ -282,58 +316,73 @@ def accuracy(rows: int = 2, length: int = 128) -> list[Row]:
     return results
 
 
-def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Row]]:
-    """The parts asked for: rows of costs, and rows of accuracies."""
-    parts, repeats, costs = arguments.parts, arguments.repeats, []
+def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[Row]]:
+    """The parts asked for: rows of costs, of state memory, and of accuracies."""
+    parts, repeats, costs, states = arguments.parts, arguments.repeats, [], []
+    tiny = arguments.shape == "tiny"
     if "rule" in parts:
-        costs += rule(3 * repeats)
+        costs += rule(3 * repeats, *((8, 1024) if tiny else (64, 16_384)))
     if "length" in parts:
-        costs += by_length(3 * repeats)
-    if {"step", "rollout", "topk"} & set(parts):
-        shape = {name: getattr(arguments, name) for name in ("layers", "hidden", "vocabulary")}
-        bench = Bench(shape, arguments.rows, arguments.length, arguments.bf16)
+        costs += by_length(3 * repeats, 2**12 if tiny else 2**19)
+    for length in arguments.length if {"state", "step", "rollout", "topk"} & set(parts) else ():
+        bench = Bench(arguments.shape, arguments.rows, length, arguments.bf16, arguments.checkpointing)
+        where = f"{arguments.rows} x {length}"
+        if "state" in parts:
+            states.append({"part": f"state, {where}", **bench.state()})
         if "step" in parts:
             steps = {"TRL's GRPO": bench.grpo, "CPPO, Binary": bench.cppo("binary_tv")}
-            costs += compare("step", steps | {"CPPO, Top-K": bench.cppo("topk_tv")}, repeats, memory=True)
+            costs += compare(f"step, {where}", steps | {"CPPO, Top-K": bench.cppo("topk_tv")}, repeats, memory=True)
         if "rollout" in parts:
             passes = {"Binary": bench.score_rollout("binary_tv"), "Top-K": bench.score_rollout("topk_tv")}
-            costs += compare("scoring a rollout", passes, repeats, memory=True)
+            costs += compare(f"scoring a rollout, {where}", passes, repeats, memory=True)
         if "topk" in parts:
             steps = {f"K = {k}": bench.cppo("topk_tv", k) for k in (20, 5, 80)}
             steps |= {"K = 20, second product": bench.cppo("topk_tv", K, ProductTap)}
-            costs += compare("step by K", steps, repeats, memory=True)
-    return costs, accuracy() if "accuracy" in parts else []
+            costs += compare(f"step by K, {where}", steps, repeats, memory=True)
+        del bench  # or two models are held
+        gc.collect()
+    return costs, states, accuracy() if "accuracy" in parts else []
 
 
-def main() -> None:
-    """Measure, print the tables as markdown, write JSON."""
-    every_part = ["step", "rollout", "rule", "length", "topk", "accuracy"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=every_part, default=every_part)
-    parser.add_argument("--layers", type=int, default=28, help="of the model")
-    parser.add_argument("--hidden", type=int, default=2048, help="size of its hidden states")
-    parser.add_argument("--vocabulary", type=int, default=151_936)
-    parser.add_argument("--rows", type=int, default=1, help="responses in the batch")
-    parser.add_argument("--length", type=int, default=8192, help="tokens of a response, after a prompt of 64")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds; three times as many for rule and length")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--json", type=Path, default=Path("outputs/benchmark.json"))
-    arguments = parser.parse_args()
-    costs, accuracies = measure(arguments)
-    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    model = f"model: {arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocabulary}"
-    print(f"\n{machine}; {model}; batch: {arguments.rows} x {arguments.length} tokens\n")
+def show(costs: list[Row], states: list[Row], accuracies: list[Row]) -> None:
+    """The tables, as markdown."""
     print("| | | seconds | time, ratio to the first (95 %) | peak MiB | ratio |\n|---|---|---|---|---|---|")
     for row in costs:
         memory = f"{row['peak_bytes'] / 2**20:.0f} | {row['peak_ratio']:.3f}" if "peak_bytes" in row else "|"
         interval = f"{row['ratio']:.3f} ({row['ratio_low']:.3f} to {row['ratio_high']:.3f})"
         print(f"| {row['part']} | {row['variant']} | {row['seconds']:.4g} | {interval} | {memory} |")
+    if states:
+        print("\n| | dry run MiB | held MiB | peak of an update MiB |\n|---|---|---|---|")
+    for row in states:
+        print(f"| {row['part']} | " + " | ".join(f"{row[x] / 2**20:.1f}" for x in ("planned", "held", "peak")) + " |")
     if accuracies:
         print("\nOn the CPU:\n\n| precision | way | mean error of D_t | p99 | max |\n|---|---|---|---|---|")
     for row in accuracies:
         print(f"| {row['precision']} | {row['way']} | {row['mean']:.1e} | {row['p99']:.1e} | {row['max']:.1e} |")
+
+
+def main() -> None:
+    """Measure, print the tables, write JSON."""
+    every_part = ["state", "step", "rollout", "rule", "length", "topk", "accuracy"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=every_part, default=every_part)
+    parser.add_argument("--shape", choices=SHAPES, default="1.7b", help="of the model")
+    parser.add_argument("--rows", type=int, default=1, help="responses in the batch")
+    parser.add_argument("--length", type=int, nargs="+", default=[8192], help="tokens of a response after 64 others")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds; three times as many for rule and length")
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute activations, as in training")
+    parser.add_argument("--json", type=Path, default=Path("outputs/benchmark.json"))
+    arguments = parser.parse_args()
+    costs, states, accuracies = measure(arguments)
+    machine = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{machine}, torch {torch.__version__}; model: {arguments.shape}, {'bf16' if arguments.bf16 else 'fp32'}\n"
+    )
+    show(costs, states, accuracies)
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": machine, **vars(arguments), "costs": costs, "accuracy": accuracies}
+    report = {"machine": machine, "torch": torch.__version__, **vars(arguments)}
+    report |= {"costs": costs, "state": states, "accuracy": accuracies}
     arguments.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
 
 

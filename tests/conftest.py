@@ -33,7 +33,7 @@ SMALL_RUN = {  # fields of every trainer made on the spot
 def tiny_model(seed=0, **overrides):
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
+        vocab_size=overrides.pop("vocab_size", VOCABULARY),
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
