@@ -45,8 +45,8 @@ class Spy(CPPOTrainer):
         self.batch = inputs
         return super()._compute_loss(model, inputs)
 
-    def _divergence(self, logps, rollout_logps):
-        divergence, mass = super()._divergence(logps, rollout_logps)
+    def get_off_policy_mask(self, **inputs):
+        divergence = self._loss.divergence
         pi, mu, ids = self.full_logps(self.batch), self.batch["mu"], self.batch["completion_ids"]
         k = self.args.cppo_topk if self.args.uses_topk else 0  # Binary: the sampled token and the rest
         kind = self.args.cppo_divergence.split("_")[1]
@@ -56,7 +56,7 @@ class Spy(CPPOTrainer):
             expected[b, t] = reduced(*both, ids[b, t].item(), k, kind)
         valid = self.batch["completion_mask"].bool()
         self.divergences.append((divergence[valid], expected[valid]))
-        return divergence, mass
+        return super().get_off_policy_mask(**inputs)
 
 
 def check_anchor(batch):
