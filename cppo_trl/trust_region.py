@@ -245,8 +245,7 @@ def cppo(
     order = random_order(response_ids, mask) if shuffle_weights and response_ids is not None else None
     prefix = prefix_sums(divergence, mask, delta=delta, w_min=w_min, delta_b=budget, order=order)
     keep = _kept(prefix.weighted <= prefix.threshold, advantages, log_ratio, mask)
-    has_budget = max(delta, delta_b) < math.inf  # delta is the slack of the budget
-    return Verdict(keep, prefix.weighted <= delta, budget if has_budget else None, prefix)
+    return _verdict(keep, prefix, budget, delta, delta_b)
 
 
 @torch.no_grad()
@@ -275,8 +274,7 @@ def cppo_soft(
     limit = delta + _finite(budget) * (prefix.weight_sum() - prefix.weights)  # δ + δ_b W_{t-1}
     excess = torch.maximum(prefix.weighted / delta, prefix.spent() / limit)  # x_t
     gate = excess.clamp(min=1.0).reciprocal().masked_fill(~moves_away(advantages, log_ratio), 1.0) * mask.bool()
-    has_budget = max(delta, delta_b) < math.inf
-    return Verdict(gate, prefix.weighted <= delta, budget if has_budget else None, prefix)
+    return _verdict(gate, prefix, budget, delta, delta_b)
 
 
 @torch.no_grad()
@@ -424,6 +422,12 @@ def improvement_bound(delta_b: float, length: float, xi: float, *, delta: float,
 def _kept(within: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """The response's tokens that are within the limits, or whose step leads toward the rollout policy."""
     return mask.bool() & (within | ~moves_away(advantages, log_ratio))
+
+
+def _verdict(weight: Tensor, prefix: Prefix, budget: Tensor, delta: float, delta_b: float) -> Verdict:
+    """The verdict of a rule with both limits; an infinite δ switches the budget off too, as δ is its slack."""
+    in_force = budget if max(delta, delta_b) < math.inf else None
+    return Verdict(weight, prefix.weighted <= delta, in_force, prefix)
 
 
 def _bounded(log_value: Tensor, log_ratio: Tensor, mask: Tensor, low: float, high: float) -> Verdict:
