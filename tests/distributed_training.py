@@ -21,9 +21,9 @@ from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
 from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.nonfinite import _own_share, require_finite
-from cppo_trl.rewards import AccuracyReward
-from cppo_trl.rewards.checker import shared_checker
+from cppo_trl.rewards import AccuracyReward, checker
 from tests.conftest import COMPLETION, SMALL_RUN, digit_reward, full_logps, injected_batch, tiny_data, tiny_model
+from tests.rewards.conftest import HANGING
 
 with suppress(ImportError):
     import deepspeed
@@ -197,6 +197,7 @@ def run(case, model, output_dir, layout, resume=None):
 def grade_beside_a_stuck_answer(model, directory):
     """The rewards of a rollout in which process 0 has an answer that runs into the time limit."""
     trainer = make("dr_grpo-binary_tv", model, directory, "ddp")
+    checker._BOOT = HANGING
     rank, reward, other_was_first = trainer.accelerator.process_index, AccuracyReward(time_limit=3.0), []
     reward([r"\boxed{\frac{2}{4}}"], ["1/2"])  # the workers are up
     trainer.accelerator.wait_for_everyone()
@@ -208,9 +209,9 @@ def grade_beside_a_stuck_answer(model, directory):
         return rewards
 
     trainer.reward_funcs = [watched]
-    completions = [r"\boxed{9^{9^{9}}}" if rank == 0 else r"\boxed{\frac{3}{6}}", r"\boxed{\frac{2}{4}}"]
+    completions = [r"\boxed{hang}" if rank == 0 else r"\boxed{\frac{3}{6}}", r"\boxed{\frac{2}{4}}"]
     rewards = trainer._calculate_rewards([{"solution": "1/2"}] * 2, [""] * 2, completions, [[1]] * 2)
-    workers = {child.process.pid for child in shared_checker()._children}
+    workers = {child.process.pid for child in checker.shared_checker()._children}
     return {
         "rewards": rewards.flatten().tolist(),
         "other_was_first": gather_object(other_was_first),
