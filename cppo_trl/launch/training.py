@@ -122,6 +122,7 @@ def train(
         rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
         evaluation = _evaluation(script, config)
         data = load_data(script, config, mixture)
+        data[script.dataset_train_split].info.dataset_name = ", ".join(dataset_names(script, mixture))
         require_repository(config)
         trainer = CPPOTrainer(
             model.model_name_or_path,
@@ -163,7 +164,7 @@ def _save(trainer: CPPOTrainer, datasets_on_hub: list[str]) -> None:
 
 def _draw_curves(trainer: CPPOTrainer) -> None:
     try:
-        from cppo_trl.report.figures import plot_curves  # noqa: PLC0415 (needs matplotlib, which is optional)
+        from cppo_trl.report.pictures import plot_curves  # noqa: PLC0415 (needs matplotlib, which is optional)
     except ImportError:
         return
     path = Path(trainer.args.output_dir, CURVES)

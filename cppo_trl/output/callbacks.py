@@ -19,7 +19,9 @@ class WriteRun(TrainerCallback):
         """Called by the trainer."""
         if state.is_world_process_zero:
             self.held.enter_context(exclusive(Path(args.output_dir)))
-            write_run(Path(args.output_dir), model.config._name_or_path, args.schedule(), args.to_dict())
+            info = getattr(kwargs["train_dataloader"].dataset, "info", None)  # of the datasets library
+            dataset = getattr(info, "dataset_name", None) or "not named"
+            write_run(Path(args.output_dir), model.config._name_or_path, dataset, args.schedule(), args.to_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""

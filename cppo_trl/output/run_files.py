@@ -1,6 +1,7 @@
 """What a run leaves in its ``output_dir`` for the report, beside transformers' ``trainer_state.json``.
 
-``run.json`` holds the model's name, the schedule in words, the configuration, the command, and versions.
+``run.json`` holds the names of model and dataset, the date, the schedule in words, the configuration, the command, and
+versions.
 ``trust_region.jsonl`` has a line for each update, `metrics.position_profile`; ``trust_region_tokens.jsonl`` one for
 each response of `tokens.token_records`. A run that is resumed or repeated in the same directory appends: where a step
 occurs again, earlier lines of that step and of later ones no longer count.
@@ -13,6 +14,7 @@ import platform
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -81,11 +83,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write_run(directory: Path, model: str, schedule: Mapping[str, str], config: Mapping[str, Any]) -> None:
+def write_run(
+    directory: Path, model: str, dataset: str, schedule: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
     """Write ``run.json``."""
     directory.mkdir(parents=True, exist_ok=True)
-    run = {"model": model, "schedule": schedule, "config": config}
-    run |= {"command": command_line(sys.argv), "versions": versions()}
+    run = {"model": model, "dataset": dataset, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
+    run |= {"schedule": schedule, "config": config, "command": command_line(sys.argv), "versions": versions()}
     (directory / RUN).write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf-8")
 
 

@@ -1,18 +1,25 @@
 """The report: one HTML page that needs no network."""
 
-import base64
-import gzip
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
-from plotly.offline import get_plotlyjs
 
 from cppo_trl.output.run_files import FATES
-from cppo_trl.report.pictures import FATE_COLORS, FATE_WORDS, curves, run_pictures, shown_steps, token_figure
+from cppo_trl.report.pictures import (
+    FATE_COLORS,
+    FATE_WORDS,
+    OUTCOMES,
+    TRUST_REGION,
+    accuracies,
+    curves,
+    embed,
+    run_pictures,
+    shown_steps,
+    token_figure,
+)
 from cppo_trl.report.runs import Run, grouped
 
 _TOKEN_COLUMNS = ("divergence", "position_weight", "threshold", "average", "ratio", "weight")
@@ -22,14 +29,16 @@ _THEOREM = ("prefixes", "responses", "bound_ratio", "deduction", "range")
 def write_report(runs: Sequence[Run], path: Path) -> None:
     """Write the page of the runs, as from `read_runs`, to ``path``."""
     groups = grouped(runs)
+    labels = {run.name: group.label for group in groups for run in group.runs}
+    scalars = [*accuracies(groups), *OUTCOMES]
     environment = Environment(loader=PackageLoader("cppo_trl.report", "."), autoescape=True)
-    environment.filters["plain"] = lambda figure: json.loads(figure.to_json())  # for `tojson`, which escapes it
+    environment.filters["embed"] = embed
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     page = environment.get_template("page.html").render(
-        plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode())).decode(),
-        rows=[_row(run, group.label) for group in groups for run in group.runs],
-        groups=len(groups),
-        curves=curves(groups),
+        outcome=_table({run.name: _outcome(run, [key for _, key, _, _ in scalars]) for run in runs}),
+        facts=_table({run.name: _facts(run, labels[run.name] if len(groups) > 1 else "") for run in runs}),
+        outcomes=curves(groups, scalars),
+        trust_region=curves(groups, TRUST_REGION),
         fates=[{"name": name, "words": FATE_WORDS[name], "color": FATE_COLORS[name]} for name in FATES],
         runs=[_sections(run) for run in runs],
     )
@@ -37,18 +46,41 @@ def write_report(runs: Sequence[Run], path: Path) -> None:
     path.write_text(page, encoding="utf-8")
 
 
-def _row(run: Run, group: str) -> dict[str, Any]:
-    """A run in the table at the top."""
-    reward, masked = list(run.series("reward").values()), run.series("cppo/masked").values()
+def _table(columns: Mapping[str, Mapping[str, str]]) -> dict[str, list[str]]:
+    """The cells of each row, a column for each run; rows that are empty for all runs are left out."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    rows = {name: [column.get(name, "") for column in columns.values()] for name in names}
+    return {name: cells for name, cells in rows.items() if any(cells)}
+
+
+def _outcome(run: Run, keys: Sequence[str]) -> dict[str, str]:
+    """What was learned, before → after, and how much was masked."""
+    cells = {}
+    for name, value in run.results.get("before", {}).items():
+        if not name.endswith("stderr") and name in run.results.get("after", {}):
+            cells[f"held-out accuracy, {name.replace('_', ' ')}"] = f"{value:.3f} → {run.results['after'][name]:.3f}"
+    for key in keys:
+        values = list(run.series(key).values())
+        tenth = 1 if key.startswith("eval_") else max(1, len(values) // 10)
+        name = key.removeprefix("eval_") if key != "reward" else "training reward, first and last tenth"
+        if len(values) > 1:
+            cells[name] = f"{sum(values[:tenth]) / tenth:.3f} → {sum(values[-tenth:]) / tenth:.3f}"
+    masked = run.series("cppo/masked").values()
+    return {**cells, "tokens masked": f"{sum(masked) / len(masked):.2%}" if masked else ""}
+
+
+def _facts(run: Run, group: str) -> dict[str, str]:
+    steps = [*run.series("reward"), *(row["step"] for row in run.profiles)]
     return {
-        "run": run.name,
+        "trust region": run.schedule.get("trust region", ""),
         "group": group,
-        "trust region": run.schedule.get("trust region", "not logged"),
-        "model": run.model or "not logged",
-        "seed": run.config.get("seed", "not logged"),
-        "updates": max([*run.series("reward"), *(row["step"] for row in run.profiles)], default=0),
-        "reward, first → last": f"{reward[0]:.3f} → {reward[-1]:.3f}" if reward else "",
-        "tokens masked": f"{sum(masked) / len(masked):.2%}" if masked else "",
+        "model": run.model,
+        "dataset": run.dataset,
+        "updates": str(max(steps, default=0)),
+        "seed": str(run.config.get("seed", "")),
+        "begun": run.date,
+        "command": run.command,
+        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
     }
 
 
@@ -60,8 +92,6 @@ def _sections(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "config": run.config,
-        "command": run.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "pictures": run_pictures(run),
         "theorem": {**theorem, "vacuous": vacuous},
         "responses": [_response(record, run.config) for record in run.tokens if record["step"] in steps],
@@ -79,5 +109,5 @@ def _response(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str,
         **{name: record[name] for name in ("length", "prompt", "text", "fate")},
         "budget": record.get("delta_b"),
         "columns": {n: [float(f"{value:.4g}") for value in known[n]] for n in _TOKEN_COLUMNS if n in known},
-        "figure": json.loads(token_figure(record, config).to_json()),
+        "figure": embed(token_figure(record, config), "webp"),
     }

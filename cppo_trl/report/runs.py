@@ -10,6 +10,7 @@ from typing import Any
 from cppo_trl.output.run_files import PROFILES, RUN, TOKENS, read_lines
 
 _STATE = "trainer_state.json"
+_RESULTS = "results.json"
 _BOOKKEEPING = re.compile(
     "(seed|data_seed|output_dir|run_name|project|report_to|disable_tqdm|num_completions_to_print|resume_from_checkpoint)$"
     "|(log|logging|save|eval|per_device_eval|hub|push_to_hub|trackio)_"
@@ -23,6 +24,9 @@ class Run:
 
     name: str
     model: str
+    dataset: str
+    date: str
+    """when training began"""
     schedule: Mapping[str, str]
     """the trust region, the loss and so on, in words"""
     config: Mapping[str, Any]
@@ -34,6 +38,8 @@ class Run:
     """the position profile of each update"""
     tokens: Sequence[Mapping[str, Any]]
     """the responses logged token by token"""
+    results: Mapping[str, Any]
+    """``results.json`` of a quickstart: held-out accuracies ``before`` and ``after``"""
 
     def series(self, key: str) -> dict[int, float]:
         """A logged scalar by update."""
@@ -78,10 +84,12 @@ def _read_run(directory: Path, name: str) -> Run:
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state else []
     path = directory / RUN
     about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    model, command = about.get("model", ""), about.get("command", "")
-    schedule, config, versions = (about.get(name, {}) for name in ("schedule", "config", "versions"))
+    words = {field: about.get(field, "") for field in ("model", "dataset", "date", "command")}
+    tables = {field: about.get(field, {}) for field in ("schedule", "config", "versions")}
+    path = directory / _RESULTS
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     tokens = read_lines(directory / TOKENS)
-    return Run(name, model, schedule, config, command, versions, history, profiles, tokens)
+    return Run(name, **words, **tables, history=history, profiles=profiles, tokens=tokens, results=results)
 
 
 def _step(state: Path) -> int:

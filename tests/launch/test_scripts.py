@@ -29,6 +29,7 @@ def test_train_from_a_recipe(task, processes):
     assert result.returncode == 0, result.stderr[-3000:]
     assert "CPPO schedule" in result.stdout
     out = task / "out"
+    assert json.loads((out / "run.json").read_text())["dataset"] == str(task / "data")
     AutoModelForCausalLM.from_pretrained(out)
     assert AutoTokenizer.from_pretrained(out).decode([2]) == "0"
     history = json.loads((out / "trainer_state.json").read_text())["log_history"]

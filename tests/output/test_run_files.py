@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from datetime import datetime, timedelta
 from importlib.metadata import version
 
 import pytest
@@ -49,8 +50,9 @@ def test_a_trainer_keeps_to_a_directory_of_its_own(holder, make_trainer, tmp_pat
 
 def test_a_run_records_its_command_and_versions(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "x.yaml", "--hub_token", "hf_secret"])
-    write_run(tmp_path / "new", "model", {"rollout": "..."}, {"seed": 0})
+    write_run(tmp_path / "new", "model", "sums", {"rollout": "..."}, {"seed": 0})
     run = json.loads((tmp_path / "new" / RUN).read_text())
     assert run["command"].endswith("train.py --config x.yaml --hub_token ***")
     assert run["versions"]["trl"] == version("trl")
-    assert (run["model"], run["config"]) == ("model", {"seed": 0})
+    assert (run["model"], run["dataset"], run["config"]) == ("model", "sums", {"seed": 0})
+    assert abs(datetime.strptime(run["date"][:16], "%Y-%m-%d %H:%M") - datetime.now()) < timedelta(minutes=2)

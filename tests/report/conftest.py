@@ -18,7 +18,7 @@ def make_run(directory, seed=0, rule=CPPO, **extra):
     """A run of `UPDATES` updates, two per rollout; its numbers grow with update and seed."""
     budget = rule["trust_region"] == "cppo"
     config = {**CONFIG, **rule, "cppo_divergence": "binary_tv", "seed": seed, "output_dir": str(directory), **extra}
-    write_run(directory, f"task/seed-{seed}/warm_start", {"trust region": rule["trust_region"]}, config)
+    write_run(directory, f"task/seed-{seed}/warm_start", "sums", {"trust region": rule["trust_region"]}, config)
     history = []
     for step in range(1, UPDATES + 1):
         masked = [1.0, 2.0, 3.0, 4.0 * step]

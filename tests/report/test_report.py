@@ -10,14 +10,30 @@ import pytest
 from PIL import Image
 
 from cppo_trl.report.__main__ import main
-from cppo_trl.report.figures import plot_curves
-from cppo_trl.report.pictures import curves, run_pictures, shown_steps, token_figure
+from cppo_trl.report.pictures import (
+    OUTCOMES,
+    TRUST_REGION,
+    accuracies,
+    curves,
+    plot_curves,
+    run_pictures,
+    shown_steps,
+    token_figure,
+)
 from cppo_trl.report.runs import grouped, read_runs
 from tests.report.conftest import CPPO, DPPO, make_run, token_record
 
 
 def by_title(pictures):
-    return {picture.title: picture.figure for picture in pictures}
+    return {picture.title: picture.figure.axes[0] for picture in pictures}
+
+
+def x(line):
+    return list(line.get_xdata())
+
+
+def y(line):
+    return list(line.get_ydata())
 
 
 def test_the_report_loads_neither_torch_nor_the_trainer():
@@ -52,36 +68,41 @@ def test_a_line_is_the_mean_of_its_group_in_a_band_over_the_updates_of_all(tmp_p
     (tmp_path / "b" / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history}))
     (tmp_path / "b" / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": []}))
     state.unlink()
-    figures = by_title(curves(grouped(read_runs(paths))))
-    high, low, cppo, dppo = figures["Training reward"].data
-    assert list(cppo.x) == [2, 4, 6]
-    assert list(cppo.y) == pytest.approx([0.7, 0.9, 1.1])
-    assert (list(low.y), list(high.y)) == (pytest.approx([0.2, 0.4, 0.6]), pytest.approx([1.2, 1.4, 1.6]))
-    assert (low.fill, low.fillcolor, cppo.line.color) == ("tonexty", "#0072B226", "#0072B2")
-    assert list(dppo.x) == [2, 4, 6, 8]
-    assert list(figures["Entropy"].data[2].x) == [4, 6]  # no value was logged at 2
-    assert [line.name for line in figures["Effective budget"].data if line.name] == [cppo.name]  # DPPO has no budget
-    assert list(figures["Deduction of Theorem 1"].data[2].y) == pytest.approx([1.5, 2.0, 2.5])
+    groups = grouped(read_runs(paths))
+    figures = by_title(curves(groups, [*accuracies(groups), *OUTCOMES, *TRUST_REGION]))
+    cppo, dppo = figures["Training reward"].lines
+    (band,) = figures["Training reward"].collections
+    assert x(cppo) == [2, 4, 6]
+    assert y(cppo) == pytest.approx([0.7, 0.9, 1.1])
+    edge = {tuple(corner) for corner in band.get_paths()[0].vertices.round(6)}
+    assert edge == {(2, 0.2), (4, 0.4), (6, 0.6), (2, 1.2), (4, 1.4), (6, 1.6)}
+    assert (cppo.get_color(), cppo.get_label()) == ("#0072B2", groups[0].label)
+    assert x(dppo) == [2, 4, 6, 8]
+    assert [line.get_label() for line in figures["Deduction of Theorem 1"].lines] == [groups[0].label]  # not of DPPO
+    assert y(figures["Deduction of Theorem 1"].lines[0]) == pytest.approx([1.5, 2.0, 2.5])
     accuracy = [title for title in figures if title.startswith("Held-out accuracy")]
     assert accuracy == ["Held-out accuracy, aime24/avg@16", "Held-out accuracy, avg@16"]  # no standard errors
-    assert list(figures[accuracy[0]].data[2].y) == [0.5]
-    assert "Masked by the budget" not in figures  # zero throughout
+    assert y(figures[accuracy[0]].lines[0]) == [0.5]
+    for flat in ("Masked by the budget", "Masked by the threshold", "Effective budget", "Entropy"):
+        assert flat not in figures
     assert "Rollout mismatch" not in figures  # not logged
 
 
 def test_pictures_by_training_and_position(tmp_path):
     (run,) = read_runs([make_run(tmp_path / "a")])
     figures = by_title(run_pictures(run))
-    threshold, budget, divergence = (figure.data[0] for title, figure in figures.items() if "by position" in title)
-    assert list(threshold.x) == [2, 4, 6, 8]  # one column per rollout of two updates
-    assert list(threshold.y) == [0.125, 0.375, 0.625, 0.875]
-    np.testing.assert_allclose(threshold.z, [[0, 0.1, 0.1, 0.1]] * 4)
-    np.testing.assert_allclose(budget.z[3], [0.06, 0.14, 0.22, 0.3])
-    np.testing.assert_allclose(divergence.z[0], [0.015, 0.035, 0.055, 0.075])
-    *parts, limit = figures["Prefix average against budget"].data
-    assert list(parts[0].y) == pytest.approx([0, 0.03, 0.06, 0.09])
-    assert parts[-1].name == "to update 8"
-    assert list(limit.y) == [0.03, 0.03]
+    images = {title: axes.images[0] for title, axes in figures.items() if axes.images}
+    threshold, budget, divergence = (image.get_array() for image in images.values())
+    assert {tuple(image.get_extent()) for image in images.values()} == {(0, 8, 0, 1)}  # 4 rollouts of two updates
+    assert {image.origin for image in images.values()} == {"lower"}
+    np.testing.assert_allclose(threshold, [[0, 0.1, 0.1, 0.1]] * 4)
+    np.testing.assert_allclose(budget[3], [0.06, 0.14, 0.22, 0.3])
+    np.testing.assert_allclose(divergence[0], [0.015, 0.035, 0.055, 0.075])
+    *parts, limit = figures["Prefix average against budget"].lines
+    assert x(parts[0]) == [0.125, 0.375, 0.625, 0.875]
+    assert y(parts[0]) == pytest.approx([0, 0.03, 0.06, 0.09])
+    assert parts[-1].get_label() == "to update 8"
+    assert y(limit) == [0.03, 0.03]
     (dppo,) = read_runs([make_run(tmp_path / "b", 0, DPPO)])
     assert list(by_title(run_pictures(dppo))) == [
         "Masked by the threshold, by position",
@@ -90,26 +111,31 @@ def test_pictures_by_training_and_position(tmp_path):
 
 
 def test_figure_3_of_a_response():
-    def bars(figure):
-        return {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data if trace.type == "bar"}
+    def draw(record, config):
+        return token_figure(record, config).axes[0]
 
-    figure = token_figure(token_record(True), CPPO)
-    assert bars(figure) == {
-        "kept, toward μ": ([1], [0.05]),
-        "kept, within the limits": ([4], [0.0]),
-        "masked by the threshold": ([2], [pytest.approx(0.27)]),
-        "masked by the budget": ([3], [pytest.approx(0.01049376)]),
+    def bars(axes):
+        return {
+            each.get_label(): [(bar.get_center()[0], bar.get_height()) for bar in each] for each in axes.containers
+        }
+
+    axes = draw(token_record(True), CPPO)
+    assert bars(axes) == {
+        "kept, toward μ": [(1, 0.05)],
+        "kept, within the limits": [(4, 0.0)],
+        "masked by the threshold": [(2, pytest.approx(0.27))],
+        "masked by the budget": [(3, pytest.approx(0.01049376))],
     }
-    delta, threshold = figure.data[:2]
-    assert (list(delta.y), list(threshold.y)) == ([0.1, 0.1], [0.1, 0.07, -0.18, -0.17, -0.17])
-    assert list(threshold.x) == [0.5, 1.5, 2.5, 3.5, 4.5]
-    assert figure.layout.yaxis.range == (-0.1, pytest.approx(0.297))
-    dppo = token_figure(token_record(False), DPPO)
-    assert (dppo.data[0].name, list(dppo.data[0].y), dppo.layout.yaxis.title.text) == ("threshold δ", [0.1] * 2, "D_t")
-    assert bars(dppo)["masked by the threshold"] == ([2], [0.3])
+    delta, threshold = axes.lines
+    assert (y(delta), y(threshold)) == ([0.1, 0.1], [0.1, 0.07, -0.18, -0.17, -0.17])
+    assert (x(threshold), threshold.get_drawstyle()) == ([0.5, 1.5, 2.5, 3.5, 4.5], "steps-post")
+    assert axes.get_ylim() == (-0.1, pytest.approx(0.297))
+    dppo = draw(token_record(False), DPPO)
+    assert (dppo.lines[0].get_label(), y(dppo.lines[0]), dppo.get_ylabel()) == ("threshold δ", [0.1] * 2, "D_t")
+    assert bars(dppo)["masked by the threshold"] == [(2, 0.3)]
     for rule in ({"trust_region": "grpo", "cppo_delta": None}, {**CPPO, "cppo_delta": float("inf")}):
-        assert token_figure(token_record(False), rule).layout.yaxis.range is None
-    assert "mean" in token_figure(token_record(False), {"trust_region": "trm_avg", "cppo_delta": 0.1}).data[0].name
+        assert not draw(token_record(False), rule).lines
+    assert "mean" in draw(token_record(False), {"trust_region": "trm_avg", "cppo_delta": 0.1}).lines[0].get_label()
 
 
 def test_the_shown_updates_are_spread_over_the_run():
@@ -122,7 +148,7 @@ def test_the_page_is_self_contained(page):
     text = page.read_text()
     for remote in ('src="http', "src='http", 'href="http', "@import", "url(http"):
         assert remote not in text
-    assert page.stat().st_size < 2.2e6
+    assert page.stat().st_size < 1.5e6
     assert text.count("</script>") == text.count("<script")  # a token's own was escaped
     assert [path.name for path in page.parent.glob("report*")] == ["report.html"]
 
@@ -160,8 +186,30 @@ def test_a_run_that_logged_little_still_gets_its_page(tmp_path, capsys):
     main([str(tmp_path / "a")])
     assert capsys.readouterr().out.split() == [str(tmp_path / "a" / "report.html")]
     text = (tmp_path / "a" / "report.html").read_text()
-    assert "python train.py --beta &#39;&lt;0&gt;&#39;</code><br>trl 1.16.0, torch 2.10</p>" in text
-    assert re.findall("<h2>(.*?)</h2>", text) == ["By position"]  # no empty section, no selector for a single run
+    assert "<td>python train.py --beta &#39;&lt;0&gt;&#39;</td>" in text
+    assert "<td>trl 1.16.0, torch 2.10</td>" in text
+    assert re.findall("<h2>(.*?)</h2>", text) == ["The run", "By position"]  # no empty section, no selector
+
+
+def test_the_outcome_comes_first(tmp_path):
+    make_run(tmp_path / "a")
+    accuracy = {"greedy": 0.5, "avg_at_16": 0.25, "avg_at_16_stderr": 0.01}
+    (tmp_path / "a" / "results.json").write_text(
+        json.dumps({"before": accuracy, "after": {**accuracy, "greedy": 0.875}})
+    )
+    (run,) = read_runs([tmp_path / "a"])
+    assert (run.dataset, run.model) == ("sums", "task/seed-0/warm_start")
+    main([str(tmp_path / "a")])
+    text = (tmp_path / "a" / "report.html").read_text()
+    rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", text))
+    assert list(rows.items())[:4] == [
+        ("held-out accuracy, greedy", "0.500 → 0.875"),
+        ("held-out accuracy, avg at 16", "0.250 → 0.250"),
+        ("training reward, first and last tenth", "0.200 → 0.800"),
+        ("tokens masked", "10.00%"),
+    ]
+    assert (rows["dataset"], rows["begun"]) == ("sums", run.date)
+    assert run.date[:4].isdigit()
 
 
 def test_the_curves_of_the_model_card_hold_what_was_logged(tmp_path):
@@ -169,7 +217,7 @@ def test_the_curves_of_the_model_card_hold_what_was_logged(tmp_path):
     drawn = [rows, [*rows, {"step": 6, "reward": 0.9, "completions/mean_length": 5.0}], [*rows, {"eval_reward": 1.0}]]
     pixels = []
     for i, history in enumerate(drawn):
-        plot_curves(history, tmp_path / f"{i}.png", title="t", evaluation={"held out": 0.5})
+        plot_curves(history, tmp_path / f"{i}.png", title="t")
         with Image.open(tmp_path / f"{i}.png") as image:
             pixels.append(np.asarray(image.convert("RGB")))
     assert pixels[0].shape == (780, 1200, 3)
