@@ -1,7 +1,10 @@
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import version
 from pathlib import Path
+
+import cppo_trl
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,6 +32,11 @@ def test_wheel_installs_and_imports(tmp_path):
     imported = python("-c", program, cwd=tmp_path)
     assert imported.returncode == 0, imported.stderr
     assert imported.stdout.split() == [str(tmp_path / "site/cppo_trl/__init__.py"), "CPPO"]
+
+
+def test_the_version_is_that_of_the_package_everywhere():
+    assert version("cppo-trl") == cppo_trl.__version__
+    assert f"\nversion: {cppo_trl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_unknown_names_are_attribute_errors():
