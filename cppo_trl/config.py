@@ -61,20 +61,8 @@ _HOST_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 
 
 @dataclass
-class CPPOConfig(GRPOConfig):
-    r"""Configuration of `CPPOTrainer`: `trl.GRPOConfig` plus the trust region.
-
-    Defaults that differ from `GRPOConfig`, each with its reason:
-
-    * ``steps_per_generation``: two updates per rollout where neither it nor ``generation_batch_size`` is set (one
-      pass over twice the update batch): the paper's smallest schedule. TRL's default of one update never leaves the
-      rollout policy, so no trust region could act.
-    * ``loss_type="dr_grpo"``: sum over tokens divided by a constant, the authors' seq-mean-token-sum-norm.
-    * ``scale_rewards="none"``: rewards minus the group mean, not divided by its standard deviation, as in both
-      released codes.
-    * ``beta=0.0``: no KL term to a reference model (paper, appendix D; also TRL's default).
-    * ``disable_dropout=True``: dropout alone moves π away from μ.
-    * ``vllm_importance_sampling_correction=False``: the ratio already is π/μ; TRL's factor would correct twice.
+class TrustRegionConfig:
+    r"""The fields of the trust region, for every trainer's configuration.
 
     Args:
         trust_region: ``"cppo"``; ``"cppo_soft"``, its soft gate (appendix C); ``"dppo"``, one threshold for all
@@ -103,13 +91,6 @@ class CPPOConfig(GRPOConfig):
         cppo_ratio_max: upper bound 1 + ε_high on the ratio, >= 1, of minpro (1.28), cispo (1.2) and grpo (1.28);
             None for these values.
         cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
-        skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normalizer,
-            as the paper does. Not with ``loss_type="bnpo"``, which averages over micro-batches, empty ones included.
-        log_tokens_steps: updates between two logs of a few responses token by token, for ``cppo_trl.report``; best a
-            multiple of the updates per rollout, whose last has moved furthest. 0 logs none.
-
-    Raises:
-        ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
     """
 
     trust_region: str = field(
@@ -154,43 +135,15 @@ class CPPOConfig(GRPOConfig):
         metadata={"help": "Cap on the ratio, by a detached weight min(1, cap/ratio); null: no cap."},
     )
 
-    skip_zero_std_prompts: bool = field(
-        default=False,
-        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normalizer."},
-    )
-    log_tokens_steps: int = field(
-        default=0, metadata={"help": "Updates between two logs of a few responses token by token; 0: none."}
-    )
+    def _resolve_rule(self) -> None:
+        """Check the fields and fill in the rule's own defaults; call it first in ``__post_init__``.
 
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
-    )
-    loss_type: str = field(
-        default="dr_grpo", metadata={"help": "Loss normalization: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
-    )
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "Division of rewards by a standard deviation: 'none', 'group' or 'batch'."},
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch dropout off: it moves the policy by itself."}
-    )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Must stay false: the ratio is taken against the rollout policy already."},
-    )
-
-    def __post_init__(self) -> None:
-        if self.generation_batch_size is None and self.steps_per_generation is None:
-            self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
+        Raises:
+            ValueError: for a value out of range, or a field that the rule does not read.
+        """
         if isinstance(self.trust_region_parameters, str):
             self.trust_region_parameters = json.loads(self.trust_region_parameters)
         self._check_rule()
-        every = self.log_tokens_steps
-        _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
-        super().__post_init__()  # also parses JSON strings into dicts
-        self._check_host_options()
-        self._warn_doubtful()
 
     @cached_property
     def rule(self) -> Rule:
@@ -220,6 +173,128 @@ class CPPOConfig(GRPOConfig):
     def uses_topk(self) -> bool:
         """Whether the estimator needs log-probs of more than the sampled token."""
         return str(self.cppo_divergence).startswith("topk")
+
+    def _rule_in_words(self) -> list[str]:
+        words = [self.trust_region]
+        if self.rule.estimators:
+            words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk})" if self.uses_topk else ""))
+        words += self.rule.words(**self.rule_parameters)
+        if self.cppo_ratio_cap is not None:
+            words.append(f"ratio capped at {self.cppo_ratio_cap:g}")
+        return words
+
+    def _check_rule(self) -> None:
+        self._refuse_unread_fields()
+        if self.cppo_divergence is None:
+            self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
+        expected = f"one of {tuple(ESTIMATORS)}"
+        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
+        _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
+        if not self.uses_topk:
+            _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
+        for name, value in self.rule.defaults(self.cppo_divergence).items():
+            if getattr(self, f"cppo_{name}") is None:
+                setattr(self, f"cppo_{name}", value)
+        for name, (holds, expected) in RANGES.items():
+            if name in self._fields_read:
+                value = getattr(self, name)
+                source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
+                _require(value is not None or holds(None), name, None, source)
+                _require(holds(value), name, value, expected)
+
+    @property
+    def _fields_read(self) -> set[str]:
+        """Fields of the trust region that the rule reads."""
+        read = {f"cppo_{name}" for name in self.rule.parameters if self.trust_region in RULES}
+        if self.rule.estimators:
+            read |= {"cppo_divergence", "cppo_topk"}
+        return read if self.rule.bounds_ratio else read | {"cppo_ratio_cap"}
+
+    def _refuse_unread_fields(self) -> None:
+        """Refuse a field of the trust region that is set but not read by the rule."""
+        for name, declared in type(self).__dataclass_fields__.items():
+            # the default estimator may be stated: it is what the metrics are of
+            stated = name == "cppo_divergence" and self.cppo_divergence == next(iter(ESTIMATORS))
+            if name.startswith("cppo_") and name not in self._fields_read and not stated:
+                expected = f"left at {declared.default!r}: trust_region={self.trust_region!r} does not read it"
+                _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
+
+    def _refuse_contradictions(self) -> None:
+        """Refuse the options of the host that contradict the rule, as far as this host has them."""
+        for name, neutral, reason in _HOST_OPTIONS:
+            value = getattr(self, name, neutral)
+            off = value == neutral or (name == "min_p" and value == 0) or (name == "top_k" and value is None)
+            if not off:
+                raise ValueError(
+                    f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
+                )
+        temperature = self.temperature  # type: ignore[attr-defined] (a field of every host)
+        _require(temperature > 0, "temperature", temperature, "> 0: greedy rollouts have no log-probs")
+
+
+@dataclass
+class CPPOConfig(TrustRegionConfig, GRPOConfig):
+    r"""Configuration of `CPPOTrainer`: `trl.GRPOConfig` plus the trust region, `TrustRegionConfig`.
+
+    Defaults that differ from `GRPOConfig`, each with its reason:
+
+    * ``steps_per_generation``: two updates per rollout where neither it nor ``generation_batch_size`` is set (one
+      pass over twice the update batch): the paper's smallest schedule. TRL's default of one update never leaves the
+      rollout policy, so no trust region could act.
+    * ``loss_type="dr_grpo"``: sum over tokens divided by a constant, the authors' seq-mean-token-sum-norm.
+    * ``scale_rewards="none"``: rewards minus the group mean, not divided by its standard deviation, as in both
+      released codes.
+    * ``beta=0.0``: no KL term to a reference model (paper, appendix D; also TRL's default).
+    * ``disable_dropout=True``: dropout alone moves π away from μ.
+    * ``vllm_importance_sampling_correction=False``: the ratio already is π/μ; TRL's factor would correct twice.
+
+    Args:
+        skip_zero_std_prompts: leave prompts whose responses all score alike out of the loss and of its normalizer,
+            as the paper does. Not with ``loss_type="bnpo"``, which averages over micro-batches, empty ones included.
+        log_tokens_steps: updates between two logs of a few responses token by token, for ``cppo_trl.report``; best a
+            multiple of the updates per rollout, whose last has moved furthest. 0 logs none.
+
+    Raises:
+        ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
+    """
+
+    skip_zero_std_prompts: bool = field(
+        default=False,
+        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normalizer."},
+    )
+    log_tokens_steps: int = field(
+        default=0, metadata={"help": "Updates between two logs of a few responses token by token; 0: none."}
+    )
+
+    steps_per_generation: int | None = field(
+        default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
+    )
+    loss_type: str = field(
+        default="dr_grpo", metadata={"help": "Loss normalization: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
+    )
+    scale_rewards: str = field(
+        default="none",
+        metadata={"help": "Division of rewards by a standard deviation: 'none', 'group' or 'batch'."},
+    )
+    disable_dropout: bool = field(
+        default=True, metadata={"help": "Switch dropout off: it moves the policy by itself."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={"help": "Must stay false: the ratio is taken against the rollout policy already."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.generation_batch_size is None and self.steps_per_generation is None:
+            self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
+        self._resolve_rule()
+        if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
+            _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
+        every = self.log_tokens_steps
+        _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
+        super().__post_init__()  # also parses JSON strings into dicts
+        self._check_host_options()
+        self._warn_doubtful()
 
     @property
     def updates_per_rollout(self) -> float:
@@ -256,53 +331,6 @@ class CPPOConfig(GRPOConfig):
             "loss": f"{self.loss_type}, advantages scaled by: {scale}, beta {self.beta:g}",
         }
 
-    def _rule_in_words(self) -> list[str]:
-        words = [self.trust_region]
-        if self.rule.estimators:
-            words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk})" if self.uses_topk else ""))
-        words += self.rule.words(**self.rule_parameters)
-        if self.cppo_ratio_cap is not None:
-            words.append(f"ratio capped at {self.cppo_ratio_cap:g}")
-        return words
-
-    def _check_rule(self) -> None:
-        self._refuse_unread_fields()
-        if self.cppo_divergence is None:
-            self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
-        expected = f"one of {tuple(ESTIMATORS)}"
-        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
-        _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
-        if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
-            _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
-        if not self.uses_topk:
-            _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
-        for name, value in self.rule.defaults(self.cppo_divergence).items():
-            if getattr(self, f"cppo_{name}") is None:
-                setattr(self, f"cppo_{name}", value)
-        for name, (holds, expected) in RANGES.items():
-            if name in self._fields_read:
-                value = getattr(self, name)
-                source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
-                _require(value is not None or holds(None), name, None, source)
-                _require(holds(value), name, value, expected)
-
-    @property
-    def _fields_read(self) -> set[str]:
-        """Fields of the trust region that the rule reads."""
-        read = {f"cppo_{name}" for name in self.rule.parameters if self.trust_region in RULES}
-        if self.rule.estimators:
-            read |= {"cppo_divergence", "cppo_topk"}
-        return read if self.rule.bounds_ratio else read | {"cppo_ratio_cap"}
-
-    def _refuse_unread_fields(self) -> None:
-        """Refuse a field of the trust region that is set but not read by the rule."""
-        for name, declared in type(self).__dataclass_fields__.items():
-            # the default estimator may be stated: it is what the metrics are of
-            stated = name == "cppo_divergence" and self.cppo_divergence == next(iter(ESTIMATORS))
-            if name.startswith("cppo_") and name not in self._fields_read and not stated:
-                expected = f"left at {declared.default!r}: trust_region={self.trust_region!r} does not read it"
-                _require(getattr(self, name) == declared.default, name, getattr(self, name), expected)
-
     def _check_host_options(self) -> None:
         """Refuse the options of TRL's that contradict the rule."""
         losses = ("dr_grpo", "dapo", "grpo", "bnpo")
@@ -316,14 +344,7 @@ class CPPOConfig(GRPOConfig):
             self.loss_type,
             f"one of {losses}; others bring their own clip",
         )
-        for name, neutral, reason in _HOST_OPTIONS:
-            value = getattr(self, name)
-            off = value == neutral or (name == "min_p" and value == 0) or (name == "top_k" and value is None)
-            if not off:
-                raise ValueError(
-                    f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
-                )
-        _require(self.temperature > 0, "temperature", self.temperature, "> 0: greedy rollouts have no log-probs")
+        self._refuse_contradictions()
         kwargs: Any = self.generation_kwargs
         clash = sorted(_SAMPLING_KEYS & set(kwargs)) if isinstance(kwargs, dict) else []
         if clash:

@@ -25,17 +25,37 @@ from trl import GRPOTrainer
 from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.metrics import position_profile, summarize
 from cppo_trl.output.callbacks import WriteRun
-from cppo_trl.output.checkpoints import ExactResume, saving
-from cppo_trl.output.model_card import complete_card
-from cppo_trl.output.nonfinite import require_finite, stop_or_warn
+from cppo_trl.output.checkpoints import ExactResume
+from cppo_trl.output.nonfinite import stop_or_warn
 from cppo_trl.output.run_files import append_profile, append_tokens
 from cppo_trl.output.tokens import token_records, token_table
+from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
 from cppo_trl.seam.state import Loss, Rollout, UpdateLedger, skip_zero_std_prompts
 from cppo_trl.seam.topk import EngineTopK, check_kernel
 
+_HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
+    "_compute_loss": ["self", "model", "inputs"],
+    "_generate_and_score_completions": ["self", "inputs"],
+    "_get_per_token_logps_and_entropies": [
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+    ],
+    "get_off_policy_mask": [
+        "advantages",
+        "per_token_logps",
+        "sampling_per_token_logps",
+        "mask",
+        "off_policy_threshold",
+    ],
+}
 
-class CPPOTrainer(GRPOTrainer):
+
+class CPPOTrainer(GuardedOutput, GRPOTrainer):
     """`trl.GRPOTrainer` whose loss is masked by the CPPO trust region (arXiv 2606.10968).
 
     The arguments are those of `trl.GRPOTrainer`, with a `CPPOConfig` as ``args``. The ratio and the divergence are
@@ -72,7 +92,7 @@ class CPPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
-        checks.check_hooks()
+        checks.check_hooks(GRPOTrainer, _HOOKS)
         if args.uses_topk:
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
@@ -170,27 +190,3 @@ class CPPOTrainer(GRPOTrainer):
                 append_tokens(directory, update, records)
         if "cppo/nonfinite_losses" in scalars:
             stop_or_warn(mode, self.args.output_dir, self.state.global_step + 1)
-
-    def save_model(self, *args: Any, **kwargs: Any) -> None:
-        """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
-        require_finite(self.accelerator, self.model, self.state.global_step)
-        super().save_model(*args, **kwargs)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-        with saving(self.args.output_dir, checkpoint, self.is_world_process_zero()):
-            super()._save_checkpoint(*args, **kwargs)
-
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        """Write the model card: TRL's, completed by `cppo_trl.output.model_card.complete_card`.
-
-        Args:
-            model_name: None for the name of the output directory.
-            dataset_name: name on the Hub of the training data.
-            tags: further tags.
-        """
-        super().create_model_card(model_name or Path(self.args.output_dir).absolute().name, dataset_name, tags)
-        if self.is_world_process_zero():
-            complete_card(self)

@@ -16,6 +16,7 @@ FLOORS = [  # from the ground up; a module imports from its own room and from lo
     {"seam", "output"},
     {"evaluation", "report"},
     {"trainer"},
+    {"asynchronous"},
     {"launch"},
 ]
 

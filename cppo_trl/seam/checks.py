@@ -10,9 +10,8 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
-from trl import GRPOTrainer
 
-from cppo_trl.config import CPPOConfig
+from cppo_trl.config import CPPOConfig, TrustRegionConfig
 
 MAX_MISMATCH_NATS = 0.1
 """Largest mean |log π - log μ| of unmoved weights that is put down to rounding (docs/vllm.md says why)."""
@@ -20,40 +19,24 @@ MAX_MISMATCH_NATS = 0.1
 NOTICEABLE_SHARE = 0.1
 """Share of the budget that triggers the warning of `EngineCheck`."""
 
-_HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
-    "_compute_loss": ["self", "model", "inputs"],
-    "_generate_and_score_completions": ["self", "inputs"],
-    "_get_per_token_logps_and_entropies": [
-        "self",
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-    ],
-    "get_off_policy_mask": [
-        "advantages",
-        "per_token_logps",
-        "sampling_per_token_logps",
-        "mask",
-        "off_policy_threshold",
-    ],
-}
 
+def check_hooks(trainer: type, hooks: Mapping[str, list[str]]) -> None:
+    """Compare the signatures of a trainer of TRL's with those that ours was written for.
 
-def check_hooks() -> None:
-    """Compare the signatures of `GRPOTrainer`'s hooks with those that the trainer was written for.
+    Args:
+        trainer: TRL's class.
+        hooks: the first parameters of each method that is relied on.
 
     Raises:
         RuntimeError: if one differs.
     """
-    for name, expected in _HOOKS.items():
-        method = getattr(GRPOTrainer, name, None)
+    for name, expected in hooks.items():
+        method = getattr(trainer, name, None)
         found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
         if found != expected:
             raise RuntimeError(
-                f"GRPOTrainer.{name} of the installed TRL takes {found}, expected {expected}: its loss has changed "
-                "under cppo_trl. Install trl>=1.16,<1.17."
+                f"{trainer.__name__}.{name} of the installed TRL takes {found}, expected {expected}: its loss has "
+                "changed under cppo_trl. Install trl>=1.16,<1.17."
             )
 
 
@@ -189,7 +172,7 @@ class EngineCheck:
         warns: whether this process is the one that warns.
     """
 
-    def __init__(self, config: CPPOConfig, warns: bool) -> None:
+    def __init__(self, config: TrustRegionConfig, warns: bool) -> None:
         self._budget = config.rule.budget
         self._limit = config.rule_parameters.get(str(self._budget), math.inf)
         self._warns = warns and self._limit < math.inf

@@ -1,0 +1,1 @@
+"""CPPO while rollouts and training go on at the same time, on TRL's experimental `AsyncGRPOTrainer`."""
