@@ -88,7 +88,7 @@ def write_run(
 ) -> None:
     """Write ``run.json``."""
     directory.mkdir(parents=True, exist_ok=True)
-    run = {"model": model, "dataset": dataset, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
+    run: dict[str, Any] = {"model": model, "dataset": dataset, "date": time.strftime("%Y-%m-%d %H:%M %Z")}
     run |= {"schedule": schedule, "config": config, "command": command_line(sys.argv), "versions": versions()}
     (directory / RUN).write_text(json.dumps(run, indent=1, default=str) + "\n", encoding="utf-8")
 
