@@ -228,8 +228,8 @@ class TrustRegionConfig:
                 raise ValueError(
                     f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
                 )
-        temperature = self.temperature  # type: ignore[attr-defined] (a field of every host)
-        _require(temperature > 0, "temperature", temperature, "> 0: greedy rollouts have no log-probs")
+        host: Any = self  # every one has a temperature
+        _require(host.temperature > 0, "temperature", host.temperature, "> 0: greedy rollouts have no log-probs")
 
 
 @dataclass

@@ -81,7 +81,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             self.vllm_client.wait_for_server_ready()
             checks.check_server(self.vllm_client.get_server_info(), topk=0)
         self.rollout_queue = StampedQueue(
-            self.rollout_queue,
+            self.rollout_queue,  # type: ignore[has-type]
             lambda version: self._updates_at.get(version, self.state.global_step),
             lambda version: self.model_version - version > args.max_staleness,
             self._metrics["train"],

@@ -1,0 +1,60 @@
+"""All weights to a vLLM server through a file, for machines without NCCL; with LoRA, TRL syncs the adapter by itself.
+
+The server needs ``VLLM_SERVER_DEV_MODE=1`` in its environment and
+``--worker-extension-cls cppo_trl.asynchronous.file_transfer.LoadFromFile``.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import requests
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+class FileTransfer:
+    """A ``weight_transfer`` for `AsyncCPPOTrainer`. Each sync writes the whole model.
+
+    Args:
+        server_url: as ``vllm_server_base_url``.
+        path: file that the server can read.
+        timeout: of each request, in seconds.
+    """
+
+    def __init__(self, server_url: str, path: Path, timeout: float = 600.0) -> None:
+        from trl.experimental.async_grpo.vllm_client import VLLMClient  # noqa: PLC0415 (not in the server)
+
+        self._client, self._path, self._timeout = VLLMClient(server_url), path, timeout
+
+    def init_weight_transfer(self) -> None:
+        """Wait for the server."""
+        self._client.wait_for_server_ready()
+
+    def pause(self) -> None:
+        """Hold the server's requests."""
+        self._client.pause()
+
+    def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
+        """Write the weights and have the server read them."""
+        save_file({name: weight.cpu().clone().contiguous() for name, weight in iterator}, self._path)
+        call = {"method": "load_from_file", "args": [str(self._path.absolute())]}
+        reply = requests.post(f"{self._client.server_url}/collective_rpc", json=call, timeout=self._timeout)
+        reply.raise_for_status()
+
+    def resume(self) -> None:
+        """Go on with the server's requests."""
+        self._client.resume()
+
+    def destroy(self) -> None:
+        """Nothing is held."""
+
+
+class LoadFromFile:
+    """Mixed into the server's workers."""
+
+    model_runner: Any
+
+    def load_from_file(self, path: str) -> None:
+        """Load the weights of a safetensors file."""
+        self.model_runner.model.load_weights(load_file(path).items())
