@@ -10,7 +10,7 @@ from typing import Any
 
 from trl import GRPOConfig, ScriptArguments
 
-from cppo_trl.config import CPPOConfig
+from cppo_trl.config import CPPOConfig, TrustRegionConfig
 from cppo_trl.data.prepare import PrepareArguments
 from cppo_trl.evaluation.command import EvaluationArguments
 from cppo_trl.launch.plan import dry_run_parser
@@ -107,10 +107,14 @@ def parsed(parser: argparse.ArgumentParser) -> str:
 def config_tables() -> dict[str, str]:
     """The fields that `CPPOConfig` adds, and those whose default it changes."""
     inherited = {f.name: f for f in fields(GRPOConfig)}
-    meaning = documented(CPPOConfig, r"    (\w+)", " {5,}")
+    meaning = {
+        k: v for kind in (TrustRegionConfig, CPPOConfig) for k, v in documented(kind, r"    (\w+)", " {5,}").items()
+    }
     reason = documented(CPPOConfig, r"\* ``(\w+)[^`]*``", "  ")
     added, changed = [], []
-    for f in (f for f in fields(CPPOConfig) if f.name in CPPOConfig.__annotations__):
+    for f in (
+        f for f in fields(CPPOConfig) if f.name in TrustRegionConfig.__annotations__ | CPPOConfig.__annotations__
+    ):
         if f.name in inherited:
             changed.append((code(f.name), default_of(f), default_of(inherited[f.name]), reason[f.name]))
         else:
