@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -184,10 +185,19 @@ class CPPOConfig(GRPOConfig):
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
         if isinstance(self.trust_region_parameters, str):
-            self.trust_region_parameters = json.loads(self.trust_region_parameters)
+            with suppress(json.JSONDecodeError):
+                self.trust_region_parameters = json.loads(self.trust_region_parameters)
+        given: Any = self.trust_region_parameters
+        _require(given is None or isinstance(given, dict), "trust_region_parameters", given, "a JSON object, or null")
+        for kind in ("", "_kwargs"):  # transformers 5.23 renames what TRL still sets, and warns of the old name
+            if getattr(self, f"activation_checkpointing{kind}", "") is None:
+                setattr(self, f"activation_checkpointing{kind}", getattr(self, f"gradient_checkpointing{kind}"))
         self._check_rule()
         every = self.log_tokens_steps
         _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
+        longest = self.max_completion_length
+        _require(longest is None or longest >= 1, "max_completion_length", longest, ">= 1 (tokens)")
+        _require(float(self.learning_rate) >= 0, "learning_rate", self.learning_rate, ">= 0")
         super().__post_init__()  # also parses JSON strings into dicts
         self._check_host_options()
         self._warn_doubtful()
@@ -271,6 +281,7 @@ class CPPOConfig(GRPOConfig):
             self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
         expected = f"one of {tuple(ESTIMATORS)}"
         _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
+        _require(isinstance(self.cppo_topk, int), "cppo_topk", self.cppo_topk, "an integer")
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
         if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
             _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")

@@ -1,6 +1,7 @@
-"""A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``scripts/train.py`` calls."""
+"""A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``cppo-trl train`` calls."""
 
 import copy
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -22,9 +23,10 @@ from trl import (
 
 from cppo_trl.config import CPPOConfig
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
-from cppo_trl.launch.command import parse
+from cppo_trl.launch.parsing import parse
+from cppo_trl.output.callbacks import SaveOnInterrupt
 from cppo_trl.output.checkpoints import TrainingFinished, checkpoint_to_resume, saving
-from cppo_trl.output.hub import require_repository
+from cppo_trl.output.hub import push, require_repository
 from cppo_trl.output.model_card import CURVES, link
 from cppo_trl.output.run_files import exclusive
 from cppo_trl.rules import import_object
@@ -38,14 +40,14 @@ class CPPOScriptArguments(ScriptArguments):
 
     Args:
         reward_funcs: dotted import paths of reward functions in TRL's signature.
-        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``scripts/evaluate.py``. TRL's
+        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``cppo-trl evaluate``. TRL's
             ``eval_strategy`` is independent of it: it needs a split of the dataset, and samples as the rollouts do.
         eval_every: updates between two such evaluations.
         eval_samples: answers to each problem.
         eval_temperature: temperature of these answers.
         eval_top_p: top-p of these answers.
         eval_max_new_tokens: longest answer in tokens; None for ``max_completion_length``.
-        eval_template: as ``template`` of ``scripts/evaluate.py``.
+        eval_template: as ``template`` of ``cppo-trl evaluate``.
     """
 
     reward_funcs: list[str] = field(
@@ -74,10 +76,20 @@ def parse_arguments(
         config_type: `CPPOConfig`, or a subclass to create instead.
 
     Raises:
-        ValueError: as `cppo_trl.launch.command.parse`.
+        ValueError: as `cppo_trl.launch.parsing.parse`.
     """
     script, config, model, mixture = parse((CPPOScriptArguments, config_type, ModelConfig, DatasetMixtureConfig), args)
     return script, config, model, mixture
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as a command line says, and upload the result where the recipe asks for it."""
+    trainer = train(*parse_arguments(arguments), callbacks=[SaveOnInterrupt()])
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    push(trainer)
+    trainer.end()
+    del trainer
+    gc.collect()  # a process group that the wrapped model keeps alive must not outlast the interpreter
 
 
 class _DatasetOnCard(TrainerCallback):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cppo_trl.report.__main__ import main
+from cppo_trl.report.command import main
 from cppo_trl.report.figures import plot_curves
 from cppo_trl.report.pictures import curves, run_pictures, shown_steps, token_figure
 from cppo_trl.report.runs import grouped, read_runs
@@ -21,7 +21,7 @@ def by_title(pictures):
 
 
 def test_the_report_loads_neither_torch_nor_the_trainer():
-    program = "import sys, cppo_trl.report.page, cppo_trl.report.__main__; print({'torch', 'trl'} & set(sys.modules))"
+    program = "import sys, cppo_trl.report.page, cppo_trl.report.command; print({'torch', 'trl'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "set()"
 
