@@ -112,7 +112,11 @@ def one_line_errors(if_interrupted: str) -> Iterator[None]:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether this package's own code raised the error, and nothing that it calls."""
+    """Whether the error is a `RunError`, or one that this package's own code raised, and nothing that it calls."""
+    from cppo_trl.output.checkpoints import RunError
+
+    if isinstance(error, RunError):
+        return True
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next
