@@ -296,6 +296,9 @@ class CPPOConfig(GRPOConfig):
                 source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
                 _require(value is not None or holds(None), name, None, source)
                 _require(holds(value), name, value, expected)
+                if name in ("cppo_delta", "cppo_delta_b") and self.cppo_divergence.endswith("tv"):
+                    at_most = "at most 1, the largest total variation (.inf switches it off)"
+                    _require(value <= 1 or value == math.inf, name, value, at_most)
 
     @property
     def _fields_read(self) -> set[str]:
@@ -361,6 +364,11 @@ class CPPOConfig(GRPOConfig):
                 "every update is on-policy, so the mask keeps all tokens (unless a rollout_func returns log-probs): "
                 f"raise steps_per_generation above gradient_accumulation_steps={self.gradient_accumulation_steps}, or "
                 "num_iterations above 1"
+            )
+        if {"cppo_delta", "cppo_delta_b"} <= self._fields_read and self.cppo_delta < self.cppo_delta_b < math.inf:
+            doubts.append(
+                f"cppo_delta_b={self.cppo_delta_b:g} exceeds cppo_delta={self.cppo_delta:g}: a budget on the mean of "
+                "D_t hardly acts above the limit on each token. Lower it, or set it to .inf"
             )
         if self.beta != 0.0:
             doubts.append(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 
 from cppo_trl.config import CPPOConfig, in_columns
+from cppo_trl.evaluation.command import require_model
 from cppo_trl.evaluation.problems import check_benchmarks
 from cppo_trl.launch import recipes
 from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, load_data, parse_arguments
@@ -98,7 +99,7 @@ def dry_run(arguments: Sequence[str]) -> Plan:
         if own.gpu_memory_gb and gib > own.gpu_memory_gb:
             notes.append(f"weights, gradients and AdamW alone ({gib:.0f} GiB) exceed {own.gpu_memory_gb:g} GB")
     problems = [*_refusals(script, config, mixture), *_conflicts(config, model, layout, architecture)]
-    return Plan(config, layout, rows, notes, problems)
+    return Plan(config, layout, rows, notes, list(dict.fromkeys(problems)))
 
 
 def layout_file(name: str) -> str:
@@ -135,6 +136,7 @@ def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
 def architecture_of(name: str | None) -> PretrainedConfig | None:
     """The architecture in a model's ``config.json``, local or on the Hub; None where it cannot be read."""
     try:
+        require_model(name or "")
         return AutoConfig.from_pretrained(name or "").get_text_config()
     except (OSError, ValueError):
         return None
