@@ -17,7 +17,9 @@ def _train(arguments: Sequence[str]) -> None:
     from cppo_trl.launch import launcher, parsing, training
 
     parsing.answer_help("cppo-trl train", training.ARGUMENT_TYPES, arguments)
-    (_plan if "--dry_run" in arguments else launcher.train)(arguments)
+    if "--dry_run" in arguments:
+        return _plan([argument for argument in arguments if argument != "--dry_run"])
+    return launcher.train(arguments)
 
 
 def _plan(arguments: Sequence[str]) -> None:

@@ -67,7 +67,6 @@ class Plan:
 def dry_run_parser() -> argparse.ArgumentParser:
     """The dry run's own flags; all others belong to the recipe."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--dry_run", action="store_true", help="Resolve the recipe, and load no model.")
     parser.add_argument("--num_processes", type=int, help="Processes; default: the Accelerate file's, else one.")
     parser.add_argument("--accelerate_config", help="Accelerate file: processes and sharding strategy.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of a GPU, for a note where it is too small.")
