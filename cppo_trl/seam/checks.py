@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from packaging.version import Version
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
 from transformers.integrations.integration_utils import get_available_reporting_integrations
@@ -54,8 +53,9 @@ def check_hooks() -> None:
     Raises:
         RuntimeError: if the version is lower or a signature differs.
     """
-    if Version(version("trl")) < Version("1.16"):
-        raise RuntimeError(f"TRL {version('trl')} is installed: cppo_trl needs 1.16. pip install 'trl>=1.16,<1.17'.")
+    installed = version("trl")
+    if tuple(map(int, installed.split(".")[:2])) < (1, 16):
+        raise RuntimeError(f"TRL {installed} is installed; cppo_trl needs 1.16: pip install 'trl>=1.16,<1.17'.")
     for message in ("gradient_checkpointing_", "is_gradient_checkpointing"):  # TRL 1.16 calls them in each rollout
         warnings.filterwarnings("ignore", f"`{message}", FutureWarning, r"transformers\.modeling_utils")
     for name, expected in _HOOKS.items():

@@ -128,6 +128,8 @@ def check_python(words):
 def check_ours(words):
     """`cppo-trl`: a training's recipe as on the machine it is meant for; `recipes NAME > FILE` writes the file."""
     command, *rest = words
+    if "--dry_run" in rest:
+        command, rest = "plan", [word for word in rest if word != "--dry_run"]
     if command == "train":
         launch, rest = split(rest)
         options = launch_command_parser().parse_args([*launch, "script"])
