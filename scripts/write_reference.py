@@ -74,7 +74,8 @@ The console shows a dozen metrics; `trainer_state.json` and trackers have all of
 
 ## cppo-trl plan
 
-takes what `train` takes, and prints what that resolves to ([recipes.md](recipes.md#the-dry-run)). So does `train --dry_run`.
+takes what `train` takes, and prints what that resolves to ([recipes.md](recipes.md#the-dry-run)). So does
+`train --dry_run`.
 {dry_run}
 ## cppo-trl evaluate
 
