@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-gpu test-triton test-rewards test-vllm gpu-kit lint reference docs build clean
+.PHONY: install quickstart test test-gpu test-triton test-rewards test-vllm test-latest gpu-kit lint reference docs build clean
 
 install: .venv/.installed
 
@@ -26,6 +26,16 @@ test-triton: install .triton/.installed  ## TRL's Triton kernels with ours on th
 .triton/.installed:
 	$(BIN)/pip install --disable-pip-version-check --no-deps --target .triton triton==3.9.0
 	touch $@
+
+# 1.16 is the range of pyproject.toml; `pip index` prints the newest version first
+test-latest: install  ## the seam's tests against a TRL newer than the range, where PyPI has one
+	@newest=$$($(BIN)/pip index versions trl 2>/dev/null | sed -n '1s/.*(\(.*\))/\1/p'); \
+	case "$$newest" in \
+		'') echo 'PyPI does not answer'; exit 1 ;; \
+		1.16.*) echo "PyPI has no TRL newer than the range: the newest is $$newest" ;; \
+		*) $(BIN)/pip install --quiet --upgrade --no-deps --target .latest "trl==$$newest" && \
+			PYTHONPATH=.latest OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/seam tests/test_trainer.py ;; \
+	esac
 
 gpu-kit: install  ## what a machine without network needs, in .gpu-kit
 	$(BIN)/python scripts/gpu_kit.py gather
@@ -51,7 +61,7 @@ lint: install  ## what pre-commit runs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-reference: install  ## docs/configuration.md, from the code
+reference: install  ## docs/configuration.md and docs/cli.md, from the code
 	$(BIN)/python scripts/write_reference.py
 
 docs: install  ## the documents as a site in outputs/docs; a link that leads nowhere fails
@@ -61,4 +71,4 @@ build: install  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-vllm .triton .gpu-kit outputs dist
+	rm -rf .venv .venv-vllm .triton .latest .gpu-kit outputs dist

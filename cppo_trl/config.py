@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -142,7 +143,13 @@ class TrustRegionConfig:
             ValueError: for a value out of range, or a field that the rule does not read.
         """
         if isinstance(self.trust_region_parameters, str):
-            self.trust_region_parameters = json.loads(self.trust_region_parameters)
+            with suppress(json.JSONDecodeError):
+                self.trust_region_parameters = json.loads(self.trust_region_parameters)
+        given: Any = self.trust_region_parameters
+        _require(given is None or isinstance(given, dict), "trust_region_parameters", given, "a JSON object, or null")
+        for kind in ("", "_kwargs"):  # transformers 5.23 renames what TRL still sets, and warns of the old name
+            if getattr(self, f"activation_checkpointing{kind}", "") is None:
+                setattr(self, f"activation_checkpointing{kind}", getattr(self, f"gradient_checkpointing{kind}"))
         self._check_rule()
 
     @cached_property
@@ -189,6 +196,7 @@ class TrustRegionConfig:
             self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
         expected = f"one of {tuple(ESTIMATORS)}"
         _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
+        _require(isinstance(self.cppo_topk, int), "cppo_topk", self.cppo_topk, "an integer")
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
         if not self.uses_topk:
             _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
@@ -201,6 +209,9 @@ class TrustRegionConfig:
                 source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
                 _require(value is not None or holds(None), name, None, source)
                 _require(holds(value), name, value, expected)
+                if name in ("cppo_delta", "cppo_delta_b") and self.cppo_divergence.endswith("tv"):
+                    at_most = "at most 1, the largest total variation (.inf switches it off)"
+                    _require(value <= 1 or value == math.inf, name, value, at_most)
 
     @property
     def _fields_read(self) -> set[str]:
@@ -228,8 +239,11 @@ class TrustRegionConfig:
                 raise ValueError(
                     f"{name}={value!r} contradicts the trust region: " + reason.format(repr(neutral)) + "."
                 )
-        host: Any = self  # every one has a temperature
+        host: Any = self  # every one has these fields
         _require(host.temperature > 0, "temperature", host.temperature, "> 0: greedy rollouts have no log-probs")
+        longest = host.max_completion_length
+        _require(longest is None or longest >= 1, "max_completion_length", longest, ">= 1 (tokens)")
+        _require(float(host.learning_rate) >= 0, "learning_rate", host.learning_rate, ">= 0")
 
 
 @dataclass
@@ -371,6 +385,11 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
                 "every update is on-policy, so the mask keeps all tokens (unless a rollout_func returns log-probs): "
                 f"raise steps_per_generation above gradient_accumulation_steps={self.gradient_accumulation_steps}, or "
                 "num_iterations above 1"
+            )
+        if {"cppo_delta", "cppo_delta_b"} <= self._fields_read and self.cppo_delta < self.cppo_delta_b < math.inf:
+            doubts.append(
+                f"cppo_delta_b={self.cppo_delta_b:g} exceeds cppo_delta={self.cppo_delta:g}: a budget on the mean of "
+                "D_t hardly acts above the limit on each token. Lower it, or set it to .inf"
             )
         if self.beta != 0.0:
             doubts.append(

@@ -24,7 +24,7 @@ from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.metrics import position_profile, summarize
-from cppo_trl.output.callbacks import WriteRun
+from cppo_trl.output.callbacks import WriteRun, shorten_console
 from cppo_trl.output.checkpoints import ExactResume
 from cppo_trl.output.nonfinite import stop_or_warn
 from cppo_trl.output.run_files import append_profile, append_tokens
@@ -98,7 +98,8 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
         checks.check_arguments(args, given.arguments)
         checks.require_rows(given.arguments.get("train_dataset"), args)
-        super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        checks.require_columns(given.arguments.get("train_dataset"), reward_funcs)
+        super().__init__(model, checks.checked(reward_funcs), args, *rest, **kwargs)
         checks.check_model(args, self.model)
         checks.keep_fp32_outputs(self.accelerator)
         if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
@@ -118,6 +119,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
             checks.check_server(info, args.cppo_topk if args.uses_topk else 0)
         self.add_callback(WriteRun)
         self.add_callback(ExactResume)
+        shorten_console(self.callback_handler.callbacks)
         if main:
             print(
                 in_columns(

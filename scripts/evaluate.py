@@ -1,28 +1,8 @@
-"""Evaluate a model: avg@k with standard error, pass@k, maj@k, response length, truncated share.
+"""`cppo-trl evaluate`, for a clone."""
 
-    python scripts/evaluate.py --model Qwen/Qwen3-1.7B                 # AIME 2024 to 2026, the paper's protocol
-    python scripts/evaluate.py --model outputs/run --benchmarks math-500 my-problems.jsonl --samples 4
-    python scripts/evaluate.py --compare outputs/evaluation/a outputs/evaluation/b
+import sys
 
-The same command resumes an interrupted evaluation. Options are the fields of
-`cppo_trl.evaluation.command.EvaluationArguments`, also from ``--config FILE.yaml``; see ``docs/evaluation.md``.
-"""
-
-import datasets
-
-from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
-from cppo_trl.launch.command import one_line_errors, parse
-
-
-def main() -> None:
-    """Evaluate and print the table."""
-    datasets.disable_progress_bars()
-    (args,) = parse((EvaluationArguments,))
-    print(evaluate_command(args))
-    if not args.compare:
-        print(f"\n{args.output_dir}: results.json (metrics), table.md, generations.jsonl (completions)")
-
+from cppo_trl.launch.command import main
 
 if __name__ == "__main__":
-    with one_line_errors("The same command resumes the evaluation."):
-        main()
+    main(["evaluate", *sys.argv[1:]])

@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the dataclasses, the table of rules and the parsers: `make reference`."""
+"""Write docs/configuration.md and docs/cli.md from dataclasses, the table of rules and parsers: `make reference`."""
 
 import argparse
 import inspect
@@ -17,7 +17,7 @@ from cppo_trl.launch.plan import dry_run_parser
 from cppo_trl.launch.training import CPPOScriptArguments
 from cppo_trl.rules import RULES
 
-PAGE = Path(__file__).parent.parent / "docs/configuration.md"
+DOCS = Path(__file__).parent.parent / "docs"
 TEXT = """\
 # Configuration
 
@@ -37,23 +37,59 @@ defaults below. A field `cppo_*` that the chosen rule does not read must keep it
 `null` in `cppo_delta`, `cppo_delta_b`, `cppo_ratio_min` and `cppo_ratio_max` takes the rule's own value, from its
 paper where that gives one. A rule that reads D_t takes every `cppo_divergence`; where the table has no `cppo_delta`
 for it, set one. All rules except `minpro` and `cispo` also read `cppo_ratio_cap`.
-{rules}
-## scripts/train.py
+{rules}"""
+CLI = """\
+# Command line
 
-A recipe holds the fields of `CPPOConfig`, of TRL's `ScriptArguments`, `ModelConfig` and `DatasetMixtureConfig`, and
-these:
+`cppo-trl`, or `python -m cppo_trl`, has six commands; `--help` lists the fields of each. The tables are written by
+`make reference` from the code.
+
+```bash
+cppo-trl recipes                                  # the recipes and Accelerate files that the package holds
+cppo-trl recipes qwen3-1.7b/one-gpu > mine.yaml   # a copy to change
+cppo-trl plan --config mine.yaml                  # what it resolves to, without loading a model
+cppo-trl train --config mine.yaml
+cppo-trl train --config qwen3-8b-base/paper-8k --accelerate_config fsdp2 --num_processes 8
+cppo-trl evaluate --model outputs/qwen3-8b-base-paper-8k
+cppo-trl report outputs/qwen3-8b-base-paper-8k
+```
+
+`--config` takes a file or a recipe's name, and flags win over it. An unknown field or a setting that cannot work ends
+the command in one line before a model is loaded.
+
+## cppo-trl train
+
+takes the fields of a recipe: those of [`CPPOConfig`](configuration.md), of TRL's `ScriptArguments`, `ModelConfig` and
+`DatasetMixtureConfig`, and these. `--help_all` lists them all.
 {train}
-The dry run, `python scripts/train.py --dry_run --config FILE.yaml`, prints what the recipe resolves to
-([recipes.md](recipes.md)):
+It also takes the flags of `accelerate launch`, as `trl grpo` does: `--num_processes 2`, or `--accelerate_config` with
+a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process, or in one for each GPU
+where there are several. In a clone, `accelerate launch scripts/train.py --config ...` does the same.
+
+Ctrl-C in a run of one process finishes the update and saves a checkpoint; a second one stops at once. Several
+processes stop at once, and their last checkpoint is the one that `save_steps` made. Either way, repeat the command
+with `--resume_from_checkpoint true`.
+
+The console shows a dozen metrics; `trainer_state.json` and trackers have all of them ([metrics.md](metrics.md)).
+
+## cppo-trl plan
+
+takes what `train` takes, and prints what that resolves to ([recipes.md](recipes.md#the-dry-run)). So does
+`train --dry_run`.
 {dry_run}
-## scripts/evaluate.py
+## cppo-trl evaluate
 
 The defaults are the paper's protocol ([evaluation.md](evaluation.md)).
 {evaluate}
-## scripts/prepare_data.py
+## cppo-trl prepare-data
 
 See [data.md](data.md).
-{prepare}"""
+{prepare}
+## cppo-trl report
+
+draws finished or running trainings as one page: `cppo-trl report RUN_DIR ... --output FILE.html`
+([reports.md](reports.md)).
+"""
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -144,17 +180,19 @@ def rules_table() -> str:
     return table(head, rows)
 
 
-def reference() -> str:
-    """The page."""
-    return TEXT.format(
-        **config_tables(),
-        rules=rules_table(),
-        train=helped(CPPOScriptArguments, [f.name for f in fields(ScriptArguments)]),
-        dry_run=parsed(dry_run_parser()),
-        evaluate=helped(EvaluationArguments),
-        prepare=helped(PrepareArguments),
-    )
+def reference() -> dict[str, str]:
+    """The pages by name."""
+    return {
+        "configuration.md": TEXT.format(**config_tables(), rules=rules_table()),
+        "cli.md": CLI.format(
+            train=helped(CPPOScriptArguments, [f.name for f in fields(ScriptArguments)]),
+            dry_run=parsed(dry_run_parser()),
+            evaluate=helped(EvaluationArguments),
+            prepare=helped(PrepareArguments),
+        ),
+    }
 
 
 if __name__ == "__main__":
-    PAGE.write_text(reference(), encoding="utf-8")
+    for name, text in reference().items():
+        (DOCS / name).write_text(text, encoding="utf-8")

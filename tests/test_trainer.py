@@ -439,7 +439,9 @@ def test_default_config_is_a_cppo_config(monkeypatch):
 
     monkeypatch.setattr(GRPOTrainer, "__init__", stop)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    monkeypatch.setattr(CPPOConfig, "__post_init__", lambda self: setattr(self, "generation_batch_size", 8))
+    monkeypatch.setattr(
+        CPPOConfig, "__post_init__", lambda self: vars(self).update(generation_batch_size=8, report_to=[])
+    )
     loaded = tiny_model()
     loaded.config._name_or_path = "org/some-model"
     for model in ("org/some-model", loaded):

@@ -1,4 +1,4 @@
-"""Build a training dataset: load, filter, count, write. Called by ``scripts/prepare_data.py``."""
+"""Build a training dataset: load, filter, count, write. Called by ``cppo-trl prepare-data``."""
 
 import json
 import tempfile

@@ -1,4 +1,4 @@
-"""`EvaluationCallback`: the metrics of ``scripts/evaluate.py`` while a model trains."""
+"""`EvaluationCallback`: the metrics of ``cppo-trl evaluate`` while a model trains."""
 
 import math
 from collections.abc import Iterator, Sequence

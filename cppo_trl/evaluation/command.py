@@ -1,4 +1,4 @@
-"""A whole evaluation from its arguments. Called by ``scripts/evaluate.py``."""
+"""A whole evaluation from its arguments, for ``cppo-trl evaluate``."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def evaluate_command(args: EvaluationArguments) -> str:
 
 
 def _evaluator(args: EvaluationArguments) -> Evaluator:
-    _require_model(args.model)
+    require_model(args.model)
     generate: Generator
     try:
         tokenizer = _tokenizer(args.model)
@@ -113,8 +113,12 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(base)  # an adapter saved without a tokenizer
 
 
-def _require_model(model: str) -> None:
-    """Fail at once where loading would retry for a minute."""
+def require_model(model: str) -> None:
+    """Fail at once where loading would retry for half a minute.
+
+    Raises:
+        SourceUnavailableError: if the model is no directory, not in the Hub cache, and cannot be downloaded.
+    """
     names = ("config.json", "adapter_config.json")
     if not Path(model).is_dir() and not any(isinstance(try_to_load_from_cache(model, name), str) for name in names):
         require_on_hub(

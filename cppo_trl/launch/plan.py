@@ -5,26 +5,32 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import trl
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from trl import DatasetMixtureConfig, ModelConfig, get_peft_config
 
 from cppo_trl.config import CPPOConfig, in_columns
+from cppo_trl.evaluation.command import require_model
+from cppo_trl.evaluation.problems import check_benchmarks
+from cppo_trl.launch import recipes
 from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
 from cppo_trl.rules import import_object
+from cppo_trl.seam.checks import missing_packages
 
 SHARDINGS = ("none", "ddp", "zero2", "zero3", "fsdp2")
+"""Strategies whose memory the dry run knows."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is distributed: the number of processes, one GPU each, and one of `SHARDINGS`."""
+    """How a model is distributed: the number of processes, one GPU each, and the strategy, mostly of `SHARDINGS`."""
 
     processes: int = 1
     sharding: str = "none"
@@ -61,7 +67,6 @@ class Plan:
 def dry_run_parser() -> argparse.ArgumentParser:
     """The dry run's own flags; all others belong to the recipe."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--dry_run", action="store_true", help="Resolve the recipe, and load no model.")
     parser.add_argument("--num_processes", type=int, help="Processes; default: the Accelerate file's, else one.")
     parser.add_argument("--accelerate_config", help="Accelerate file: processes and sharding strategy.")
     parser.add_argument("--gpu_memory_gb", type=float, help="Memory of a GPU, for a note where it is too small.")
@@ -69,7 +74,7 @@ def dry_run_parser() -> argparse.ArgumentParser:
 
 
 def dry_run(arguments: Sequence[str]) -> Plan:
-    """The plan of a command line of ``scripts/train.py``, with the flags of `dry_run_parser`.
+    """The plan of a command line of ``cppo-trl plan``, with the flags of `dry_run_parser`.
 
     The configuration is checked on the CPU: what the GPUs that will train support is not known here.
 
@@ -86,35 +91,42 @@ def dry_run(arguments: Sequence[str]) -> Plan:
         notes.append(f"no config.json of {model.model_name_or_path!r} can be read: size and context are unknown")
     else:
         total, trained = count_parameters(architecture, model)
-        gib = state_bytes(total, trained, layout, 2 if model.dtype in ("bfloat16", "float16", "auto") else 4) / 2**30
         rows["parameters"] = f"{total / 1e9:.2f} B, {trained / 1e9:.4g} B of them trained"
+    if architecture is not None and layout.sharding in SHARDINGS:
+        gib = state_bytes(total, trained, layout, 2 if model.dtype in ("bfloat16", "float16", "auto") else 4) / 2**30
         rows["GPU memory"] = f"{gib:.1f} GiB for weights, gradients and AdamW; activations and generation come on top"
         if own.gpu_memory_gb and gib > own.gpu_memory_gb:
             notes.append(f"weights, gradients and AdamW alone ({gib:.0f} GiB) exceed {own.gpu_memory_gb:g} GB")
     problems = [*_refusals(script, config, mixture), *_conflicts(config, model, layout, architecture)]
-    return Plan(config, layout, rows, notes, problems)
+    return Plan(config, layout, rows, notes, list(dict.fromkeys(problems)))
+
+
+def layout_file(name: str) -> str:
+    """The path of an Accelerate file: a file, or the name of one of this package's or of TRL's.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    trl_files = {path.stem: path for path in Path(trl.__path__[0], "accelerate_configs").glob("*.yaml")}
+    return recipes.find(name, trl_files | recipes.layouts(), "--accelerate_config")
 
 
 def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
     """The layout of an Accelerate file, or of a number of processes under DDP.
 
     Raises:
-        ValueError: for a file that is missing, or a sharding strategy that is not among `SHARDINGS`.
+        ValueError: for a file that is missing.
     """
     if accelerate_config is None:
         count = 1 if processes is None else processes
         return Layout(count, "none" if count == 1 else "ddp")
-    if not os.path.exists(accelerate_config):
-        raise ValueError(f"--accelerate_config: there is no file {accelerate_config}.")
-    cluster = load_config_from_file(accelerate_config)
+    cluster = load_config_from_file(layout_file(accelerate_config))
     sharding = {
         "NO": "none",
         "MULTI_GPU": "ddp",
         "DEEPSPEED": f"zero{cluster.deepspeed_config.get('zero_stage')}",
         "FSDP": f"fsdp{cluster.fsdp_config.get('fsdp_version', 1)}",
-    }.get(cluster.distributed_type.value)
-    if sharding not in SHARDINGS:
-        raise ValueError(f"{accelerate_config}: the dry run only knows the strategies {', '.join(SHARDINGS)}.")
+    }.get(cluster.distributed_type.value, cluster.distributed_type.value)
     in_file = 1 if sharding == "none" else cluster.num_processes
     count = in_file if processes is None else processes
     return Layout(count, "none" if sharding == "ddp" and count == 1 else sharding)
@@ -123,6 +135,7 @@ def read_layout(accelerate_config: str | None, processes: int | None) -> Layout:
 def architecture_of(name: str | None) -> PretrainedConfig | None:
     """The architecture in a model's ``config.json``, local or on the Hub; None where it cannot be read."""
     try:
+        require_model(name or "")
         return AutoConfig.from_pretrained(name or "").get_text_config()
     except (OSError, ValueError):
         return None
@@ -134,7 +147,10 @@ def count_parameters(architecture: PretrainedConfig, model: ModelConfig) -> tupl
         made = AutoModelForCausalLM.from_config(architecture)
         if not model.use_peft:
             return made.num_parameters(), made.num_parameters()
-        trained, total = get_peft_model(made, get_peft_config(model)).get_nb_trainable_parameters()
+        try:
+            trained, total = get_peft_model(made, get_peft_config(model)).get_nb_trainable_parameters()
+        except ValueError as error:
+            raise ValueError(f"lora_target_modules={model.lora_target_modules!r}: {error}") from error
     return total, trained
 
 
@@ -177,20 +193,22 @@ def _missing_here(
     config: CPPOConfig, mixture: DatasetMixtureConfig, script: CPPOScriptArguments, layout: Layout
 ) -> list[str]:
     """What the run needs and is missing on this machine only."""
-    wanted = {"vllm": config.use_vllm, "deepspeed": layout.sharding.startswith("zero")}
-    wanted |= dict.fromkeys(config.report_to, True)
-    notes = [f"{name} is not installed here" for name, needed in wanted.items() if needed and not find_spec(name)]
+    notes = missing_packages(config, layout.sharding)
     if config.bf16 and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
         notes.append("bf16=true, which no GPU here supports: the machine that trains must")
     for name in dataset_names(script, mixture):
         if not os.path.exists(name):
-            notes.append(f"dataset {name!r} is not on this machine: on the Hub, or to be made by prepare_data.py")
+            notes.append(
+                f"dataset {name!r} is not on this machine: on the Hub, or to be made by cppo-trl prepare-data"
+            )
     return notes
 
 
 def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
     """What `train` would refuse, as far as it is known without the Hub."""
     checks: list[partial[Any]] = [partial(import_object, path, "reward_funcs") for path in script.reward_funcs]
+    if script.eval_benchmarks:
+        checks.append(partial(check_benchmarks, script.eval_benchmarks))
     checks.append(partial(checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))
     if all(map(os.path.exists, dataset_names(script, mixture))):
         checks.append(partial(load_data, script, config, mixture))

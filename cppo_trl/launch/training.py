@@ -1,6 +1,7 @@
-"""A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``scripts/train.py`` calls."""
+"""A training run from its configuration: data, rewards, trainer, checkpoint, card. What ``cppo-trl train`` calls."""
 
 import copy
+import gc
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 from datasets import load_dataset, load_from_disk
 from datasets.exceptions import DatasetGenerationError
 from transformers import TrainerCallback
@@ -21,14 +23,17 @@ from trl import (
 )
 
 from cppo_trl.config import CPPOConfig
+from cppo_trl.data.sources import require_on_hub
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
-from cppo_trl.launch.command import parse
+from cppo_trl.evaluation.command import require_model
+from cppo_trl.launch.parsing import parse
+from cppo_trl.output.callbacks import SaveOnInterrupt
 from cppo_trl.output.checkpoints import TrainingFinished, checkpoint_to_resume, saving
-from cppo_trl.output.hub import require_repository
+from cppo_trl.output.hub import push, require_repository
 from cppo_trl.output.model_card import CURVES, link
 from cppo_trl.output.run_files import exclusive
 from cppo_trl.rules import import_object
-from cppo_trl.seam.checks import require_rows
+from cppo_trl.seam.checks import require_columns, require_rows
 from cppo_trl.trainer import CPPOTrainer
 
 
@@ -38,14 +43,14 @@ class CPPOScriptArguments(ScriptArguments):
 
     Args:
         reward_funcs: dotted import paths of reward functions in TRL's signature.
-        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``scripts/evaluate.py``. TRL's
+        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``cppo-trl evaluate``. TRL's
             ``eval_strategy`` is independent of it: it needs a split of the dataset, and samples as the rollouts do.
         eval_every: updates between two such evaluations.
         eval_samples: answers to each problem.
         eval_temperature: temperature of these answers.
         eval_top_p: top-p of these answers.
         eval_max_new_tokens: longest answer in tokens; None for ``max_completion_length``.
-        eval_template: as ``template`` of ``scripts/evaluate.py``.
+        eval_template: as ``template`` of ``cppo-trl evaluate``.
     """
 
     reward_funcs: list[str] = field(
@@ -74,10 +79,20 @@ def parse_arguments(
         config_type: `CPPOConfig`, or a subclass to create instead.
 
     Raises:
-        ValueError: as `cppo_trl.launch.command.parse`.
+        ValueError: as `cppo_trl.launch.parsing.parse`.
     """
     script, config, model, mixture = parse((CPPOScriptArguments, config_type, ModelConfig, DatasetMixtureConfig), args)
     return script, config, model, mixture
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train as a command line says, and upload the result where the recipe asks for it."""
+    trainer = train(*parse_arguments(arguments), callbacks=[SaveOnInterrupt()])
+    trainer.accelerator.print(f"Model saved to {trainer.args.output_dir}")
+    push(trainer)
+    trainer.end()
+    del trainer
+    gc.collect()  # a process group that the wrapped model keeps alive must not outlast the interpreter
 
 
 class _DatasetOnCard(TrainerCallback):
@@ -123,6 +138,7 @@ def train(
         evaluation = _evaluation(script, config)
         data = load_data(script, config, mixture)
         data[script.dataset_train_split].info.dataset_name = ", ".join(dataset_names(script, mixture))
+        require_model(model.model_name_or_path)
         require_repository(config)
         trainer = CPPOTrainer(
             model.model_name_or_path,
@@ -187,11 +203,16 @@ def dataset_names(script: CPPOScriptArguments, mixture: DatasetMixtureConfig) ->
     return [dataset.path for dataset in mixture.datasets] or [script.dataset_name or ""]
 
 
+def _in_cache(name: str) -> bool:
+    return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists()
+
+
 def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Any:
     """Load the datasets of a run, split by name, and check what training needs of them.
 
     Raises:
-        ValueError: if none is named, a split or the column ``prompt`` is missing, or the rows are too few.
+        ValueError: if none is named, a split or a column that training or a reward reads is missing, or the rows are
+            too few.
     """
     try:
         if mixture.datasets:
@@ -201,9 +222,11 @@ def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetM
         elif os.path.exists(os.path.join(script.dataset_name, "dataset_dict.json")):
             data = load_from_disk(script.dataset_name)
         else:
+            if not (os.path.exists(script.dataset_name) or _in_cache(script.dataset_name)):
+                require_on_hub(script.dataset_name, "dataset", "Check dataset_name, or make it: cppo-trl prepare-data")
             data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    except (DatasetGenerationError, StopIteration) as error:  # a file without rows, or not in its format
-        why = error.__cause__ or "it is empty"
+    except (DatasetGenerationError, StopIteration, OSError) as error:  # a file without rows, or not in its format
+        why = error.__cause__ or (str(error) if isinstance(error, OSError) else "it is empty")
         raise ValueError(f"dataset_name: cannot read {script.dataset_name!r}: {why}") from error
     for split in (script.dataset_train_split, *([script.dataset_test_split] if config.eval_strategy != "no" else [])):
         if split not in data:
@@ -212,4 +235,6 @@ def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetM
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"Split {split!r} has no column 'prompt'; it has {columns}. Rename another to it.")
     require_rows(data[script.dataset_train_split], config)
+    rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
+    require_columns(data[script.dataset_train_split], rewards)
     return data

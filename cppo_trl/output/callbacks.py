@@ -1,10 +1,13 @@
-"""Callbacks that every `CPPOTrainer` has."""
+"""Callbacks of a run: what it records, prints, and does on Ctrl-C."""
 
+import signal
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from cppo_trl.output.run_files import exclusive, write_run
 
@@ -26,3 +29,55 @@ class WriteRun(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         self.held.close()
+
+
+SHOWN = frozenset(
+    (
+        "loss grad_norm learning_rate reward reward_std frac_reward_zero_std completions/mean_length "
+        "completions/clipped_ratio entropy cppo/masked cppo/divergence/mean epoch"
+    ).split()
+)
+"""Metrics that the console shows; the log has all."""
+
+
+def shorten_console(callbacks: Sequence[TrainerCallback]) -> None:
+    """Make transformers' callbacks that print metrics print those of `SHOWN` for an update or an evaluation batch."""
+    for callback in callbacks:
+        if isinstance(callback, PrinterCallback | ProgressCallback):
+            callback.on_log = partial(_log_shown, callback.on_log)  # type: ignore[method-assign]
+
+
+def _log_shown(show: Callable[..., None], *state: Any, logs: dict[str, float], **kwargs: Any) -> None:
+    if {"loss", "eval_loss"} & logs.keys():
+        logs = {name: value for name, value in logs.items() if name.removeprefix("eval_") in SHOWN}
+    show(*state, logs=logs, **kwargs)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """On Ctrl-C, finishes the update, saves a checkpoint and raises KeyboardInterrupt; a second one raises at once.
+
+    Several processes would not stop after the same update: there, Ctrl-C raises at once.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if args.world_size == 1:
+            signal.signal(signal.SIGINT, self._interrupt)
+
+    def _interrupt(self, *_: Any) -> None:
+        self.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.interrupted:
+            raise KeyboardInterrupt

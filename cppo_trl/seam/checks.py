@@ -1,15 +1,19 @@
 """What the trainer relies on in TRL and vLLM, checked at start-up and after each weight sync; any mismatch raises."""
 
+import functools
 import inspect
 import math
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from cppo_trl.config import CPPOConfig, TrustRegionConfig
 
@@ -28,8 +32,13 @@ def check_hooks(trainer: type, hooks: Mapping[str, list[str]]) -> None:
         hooks: the first parameters of each method that is relied on.
 
     Raises:
-        RuntimeError: if one differs.
+        RuntimeError: if the version is lower or a signature differs.
     """
+    installed = version("trl")
+    if tuple(map(int, installed.split(".")[:2])) < (1, 16):
+        raise RuntimeError(f"TRL {installed} is installed; cppo_trl needs 1.16: pip install 'trl>=1.16,<1.17'.")
+    for message in ("gradient_checkpointing_", "is_gradient_checkpointing"):  # TRL 1.16 calls them in each rollout
+        warnings.filterwarnings("ignore", f"`{message}", FutureWarning, r"transformers\.modeling_utils")
     for name, expected in hooks.items():
         method = getattr(trainer, name, None)
         found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
@@ -48,8 +57,10 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
         arguments: the others, by `GRPOTrainer`'s names.
 
     Raises:
-        ValueError: if one does not.
+        ValueError: if one does not, or a package that it needs is missing.
     """
+    for missing in missing_packages(config):
+        raise ValueError(missing)
     for name in ("tools", "rollout_func", "environment_factory"):
         if config.uses_topk and arguments.get(name):
             raise ValueError(
@@ -90,6 +101,95 @@ def require_rows(dataset: Any, config: CPPOConfig) -> None:
             f"The training data has {len(dataset)} rows and a rollout takes {prompts} prompts, so no update would be "
             f"made: add data, or lower generation_batch_size={config.generation_batch_size} (responses)."
         )
+
+
+_EXTRAS = {name: f"cppo-trl[{name}]" for name in ("vllm", "deepspeed", "trackio")}
+
+
+def missing_packages(config: CPPOConfig, sharding: str = "none") -> list[str]:
+    """What the run needs and is not installed, with the fix.
+
+    Args:
+        config: the run's.
+        sharding: as `cppo_trl.launch.plan.Layout` has it.
+    """
+    trackers = set(config.report_to) - set(get_available_reporting_integrations())
+    wanted = {
+        "vllm": ("set use_vllm to false", config.use_vllm and not find_spec("vllm")),
+        "deepspeed": ("take an fsdp2 file", sharding.startswith("zero") and not find_spec("deepspeed")),
+        **dict.fromkeys(sorted(trackers), ("set report_to to none", True)),
+    }
+    return [
+        f"{name} is not installed here: pip install '{_EXTRAS.get(name, name)}', or {other}."
+        for name, (other, missing) in wanted.items()
+        if missing
+    ]
+
+
+_GIVEN = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments"}
+"""What TRL gives a reward besides the columns of the dataset."""
+
+
+def require_columns(dataset: Any, reward_funcs: Any) -> None:
+    """Refuse prompts of the wrong form, rewards that cannot be called, and rewards that read a column that is missing.
+
+    Raises:
+        ValueError: for each of these.
+    """
+    columns = set(getattr(dataset, "column_names", None) or ())
+    if "prompt" in columns and hasattr(dataset, "__len__"):
+        prompt = dataset[0]["prompt"]
+        messages = isinstance(prompt, list) and all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
+        )
+        if not (isinstance(prompt, str) or messages):
+            raise ValueError(
+                f"The column 'prompt' must hold a text, or messages with role and content; got {prompt!r:.80}."
+            )
+    for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        if isinstance(reward, str | torch.nn.Module) or reward is None:
+            continue
+        if not callable(reward):
+            raise ValueError(f"reward_funcs: {reward!r} is not callable. Give a function of the completions.")
+        parameters = inspect.signature(reward).parameters.values()
+        reads = {
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        }
+        if columns and (lacking := sorted(reads - columns - _GIVEN)):
+            raise ValueError(
+                f"reward_funcs: {_name(reward)} reads the column {', '.join(map(repr, lacking))}; the dataset has "
+                f"{sorted(columns)}. Rename a column to it, or name another reward."
+            )
+
+
+def checked(reward_funcs: Any) -> Any:
+    """The rewards, each of which raises ValueError where it does not return a number or None for each completion."""
+    if isinstance(reward_funcs, list):
+        return [checked(reward) for reward in reward_funcs]
+    call = getattr(reward_funcs, "__call__", None)  # noqa: B004
+    if (
+        call is None
+        or isinstance(reward_funcs, torch.nn.Module)
+        or any(map(inspect.iscoroutinefunction, (reward_funcs, call)))
+    ):
+        return reward_funcs
+
+    @functools.wraps(reward_funcs)
+    def reward(*args: Any, completions: Any, **kwargs: Any) -> Any:
+        scores = reward_funcs(*args, completions=completions, **kwargs)
+        valid = hasattr(scores, "__len__") and len(scores) == len(completions)
+        if not (valid and all(s is None or (hasattr(s, "__float__") and not math.isnan(s)) for s in scores)):
+            raise ValueError(
+                f"reward_funcs: {_name(reward_funcs)} must return {len(completions)} numbers, one for each completion "
+                f"(None to abstain); got {scores!r:.80}."
+            )
+        return scores
+
+    return reward
+
+
+def _name(reward: Any) -> str:
+    return getattr(reward, "__name__", type(reward).__name__)
 
 
 def check_model(config: CPPOConfig, model: PreTrainedModel) -> None:

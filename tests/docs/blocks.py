@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from importlib.metadata import requires
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +22,15 @@ from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 from trl import TrlParser
 
+from cppo_trl.launch.command import main
+from cppo_trl.launch.launcher import split
 from cppo_trl.launch.plan import dry_run
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("configs/**/README.md")])
 KINDS = ("python", "bash", "console", "yaml", "text", "bibtex", "{include}", "{toctree}", "{eval-rst}")
 """What a block may be; `text` is what a program prints or a reader reads."""
-INLINE = re.compile(r"python scripts/|python -m cppo_trl|make [a-z-]+( |$)|pip install \S")
+INLINE = re.compile(r"python scripts/|cppo-trl [a-z-]+ -|python -m cppo_trl|make [a-z-]+( |$)|pip install \S")
 """Code within a line that is checked as a command."""
 OURS = re.compile(r"(configs|scripts|docs|tests|cppo_trl)/|constraints.*\.txt$|pyproject\.toml$")
 """Paths that belong to the repository."""
@@ -123,8 +125,29 @@ def check_python(words):
         run_until_parsed(lambda: runpy.run_path(script, run_name="__main__"), words)
 
 
+def check_ours(words):
+    """`cppo-trl`: a training's recipe as on the machine it is meant for; `recipes NAME > FILE` writes the file."""
+    command, *rest = words
+    if "--dry_run" in rest:
+        command, rest = "plan", [word for word in rest if word != "--dry_run"]
+    if command == "train":
+        launch, rest = split(rest)
+        options = launch_command_parser().parse_args([*launch, "script"])
+        rest += ["--accelerate_config", options.config_file] if options.config_file else []
+        rest += ["--num_processes", str(options.num_processes)] if options.num_processes else []
+    if command in ("train", "plan"):
+        check_training(rest)
+    elif command == "recipes":
+        with open(rest[2] if rest[1:2] == [">"] else os.devnull, "w") as file, redirect_stdout(file):
+            main(["recipes", *rest[:1]])
+    else:
+        run_until_parsed(lambda: main(words), ["cppo-trl", *words])
+
+
 def check_module(module, *rest):
-    if module.startswith("cppo_trl"):
+    if module == "cppo_trl":
+        check_ours(rest or ["recipes"])
+    elif module.startswith("cppo_trl"):
         run_until_parsed(lambda: runpy.run_module(module, run_name="__main__"), [module, *rest])
     else:
         assert module in ("venv", "pytest"), f"nobody knows python -m {module}"
@@ -194,6 +217,7 @@ def check_tracker(words):
 
 
 PROGRAMS = {
+    "cppo-trl": check_ours,
     "python": check_python,
     "python3": check_python,
     "accelerate": check_launch,

@@ -65,6 +65,9 @@ def test_blocks(page, trained, make_trainer):
     [
         ("python scripts/train.py --config configs/quickstart/cppo.yaml --cppo_detla 1", "cppo_detla"),
         ("python scripts/train.py --config configs/quickstart/gone.yaml", "there is no configs/quickstart/gone.yaml"),
+        ("cppo-trl train --config qwen3-1.7b/one-gpu --num_proceses 2", "num_proceses"),
+        ("cppo-trl plan --config qwen3-1.7b/two-gpus", "cannot read qwen3-1.7b/two-gpus"),
+        ("cppo-trl evaluate --model x --tempature 1", "tempature"),
         ("python scripts/evaluate.py --model x --tempature 1", "tempature"),
         ("accelerate launch --config_file configs/accelerate/ddp.yaml --cpus scripts/train.py", "unrecognized|2"),
         ("make quickstrat", "quickstrat"),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 
 from cppo_trl.config import CPPOConfig
-from cppo_trl.launch.command import one_line_errors, parse
+from cppo_trl.launch.command import one_line_errors
+from cppo_trl.launch.parsing import parse
 from cppo_trl.output.checkpoints import checkpoint_to_resume, saving
 from tests.conftest import RECIPE, ROOT
 

@@ -123,7 +123,7 @@ def test_a_second_run_in_the_same_directory_is_refused(task):
     with pytest.raises(ValueError, match=r"output_dir=.* is in use by process 1 on x\. Wait for it"):
         train(*parse_arguments(fields))
     first.communicate(b"\n")
-    with pytest.raises(OSError, match="couldn't connect to"):  # the lock is free: on to the model
+    with pytest.raises(ValueError, match="no/such-model: this model is not in the Hub cache"):  # the lock is free
         train(*parse_arguments(fields))
 
 
@@ -157,6 +157,31 @@ def test_ctrl_c_ends_a_run_with_the_command_to_resume(task):
     assert process.returncode == 130
     assert "Traceback" not in printed
     assert "train.py: interrupted. Repeat the command with --resume_from_checkpoint true" in printed
+
+
+def test_ctrl_c_saves_a_checkpoint_that_resumes(task):
+    fields = [*small_run(task), "--max_steps", "4000"]  # the recipe saves no checkpoints
+    command = [sys.executable, "-m", "cppo_trl", "train", "--config", "quickstart"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, *fields], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    while not (task / "out/trust_region.jsonl").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the reward's workers as well
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in printed
+    assert printed.strip().splitlines()[-1].startswith("cppo-trl: interrupted. Repeat the command with --resume_from")
+    (checkpoint,) = (task / "out").glob("checkpoint-*")
+    last = int(checkpoint.name.partition("-")[2]) + 2
+    resumed = launch("-m", "cppo_trl", "train", "--config", "quickstart", *fields, "--max_steps", last,
+                     "--resume_from_checkpoint", "true")  # fmt: skip
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert f"Resuming from {checkpoint}" in resumed.stdout
+    assert json.loads((task / "out/trainer_state.json").read_text())["global_step"] == last
 
 
 def quickstart(directory, *options):

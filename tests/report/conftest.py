@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cppo_trl.output.run_files import FATES, append_profile, append_tokens, write_run
-from cppo_trl.report.__main__ import main
+from cppo_trl.report.command import main
 
 UPDATES, POSITIONS = 8, 4
 CONFIG = {"steps_per_generation": 2, "gradient_accumulation_steps": 1, "num_iterations": 1, "logging_steps": 2}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cppo_trl.report.__main__ import main
+from cppo_trl.report.command import main
 from cppo_trl.report.pictures import (
     OUTCOMES,
     TRUST_REGION,
@@ -37,7 +37,7 @@ def y(line):
 
 
 def test_the_report_loads_neither_torch_nor_the_trainer():
-    program = "import sys, cppo_trl.report.page, cppo_trl.report.__main__; print({'torch', 'trl'} & set(sys.modules))"
+    program = "import sys, cppo_trl.report.page, cppo_trl.report.command; print({'torch', 'trl'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert loaded.stdout.strip() == "set()"
 

@@ -1,0 +1,101 @@
+"""Command lines and YAML recipes into dataclasses."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any, NoReturn
+
+import yaml
+from trl import TrlParser
+
+from cppo_trl.launch import recipes
+
+
+class FieldParser(TrlParser):
+    """`trl.TrlParser` that raises ValueError instead of printing the usage, a line for each of two hundred fields."""
+
+    def __init__(self, types: Sequence[type[Any]], prog: str | None = None) -> None:
+        super().__init__(types, prog=prog, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Called by argparse."""
+        refuse(message)
+
+
+def refuse(message: str) -> NoReturn:
+    """Raise ValueError, as the ``error`` of a parser."""
+    raise ValueError(message)
+
+
+def parse(types: Sequence[type[Any]], arguments: Sequence[str] | None = None, prog: str | None = None) -> Any:
+    """Parse ``--config``, a file or the name of a recipe, and fields, which take precedence, into dataclasses.
+
+    Args:
+        types: the dataclasses.
+        arguments: the command line; None for this process's own.
+        prog: the command, for ``--help``.
+
+    Returns:
+        A tuple with one instance of each.
+
+    Raises:
+        ValueError: for a file that is missing or not YAML, an unknown field, a value of the wrong type, or one that a
+            dataclass refuses.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--config" in given[:-1]:
+        place = given.index("--config") + 1
+        given[place] = recipes.find(given[place], recipes.recipes(), "--config")
+    known = [field.name for kind in types for field in fields(kind)]
+    try:
+        return FieldParser(types, prog).parse_args_and_config(given)
+    except OSError as error:
+        raise ValueError(f"--config: cannot read {error.filename} ({error.strerror}).") from error
+    except IndexError as error:
+        raise ValueError("--config: expected a file or the name of a recipe.") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config: not valid YAML: {' '.join(str(error).split())}.") from error
+    except (TypeError, ValueError) as error:
+        unknown = [name for name in re.findall(r"'--([\w-]+)'", str(error)) if name not in known]
+        if not unknown:
+            raise ValueError(str(error)) from error
+        raise unknown_fields(unknown, known) from error
+
+
+def unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> ValueError:
+    """The error for fields that nothing takes, with the nearest ones that exist."""
+    close = [match for name in unknown for match in get_close_matches(name, list(known), 1)]
+    hint = f" Did you mean {', '.join(close)}?" if close else ""
+    return ValueError(f"Unknown field: {', '.join(unknown)}.{hint}")
+
+
+def answer_help(
+    prog: str, types: Sequence[type[Any]], arguments: Sequence[str], flags: Sequence[argparse.Action] = ()
+) -> None:
+    """On ``--help``, print the fields that this package adds and exit; on ``--help_all``, TRL's below them.
+
+    Args:
+        prog: the command.
+        types: its dataclasses.
+        arguments: its command line.
+        flags: of the command besides the fields.
+    """
+    if not {"-h", "--help", "--help_all"} & set(arguments):
+        return
+    parser = FieldParser(types, prog)
+    parser.usage = f"{prog} --config FILE_OR_RECIPE [--FIELD VALUE ...]"
+    parser.epilog = "--help_all lists TRL's fields as well. `cppo-trl recipes` lists the recipes."
+    own = [name for kind in types if kind.__module__.startswith("cppo_trl") for name in kind.__annotations__]
+    actions = [
+        action for action in parser._optionals._group_actions if not action.option_strings[0].startswith("--no_")
+    ]
+    ours = sorted((action for action in actions if action.dest in own), key=lambda action: own.index(action.dest))
+    others = [action for action in actions if action.dest not in own] if "--help_all" in arguments else []
+    for action in actions:
+        del action.option_strings[1:]  # the same with hyphens
+    parser._optionals._group_actions[:] = [*flags, *ours, *others]
+    parser.print_help()
+    sys.exit()
