@@ -3,8 +3,8 @@
     python scripts/study/exact.py --output docs/results/exact.jsonl --figure docs/figures/exact.png
 
 A recurrent policy over three tokens writes responses of T tokens, all of which are enumerated: J, the surrogate L',
-its error Δ, the total variation between whole responses, D_t at every state, and Theorem 1's bound are exact. A unit is
-one checkpoint and one rollout of it, on which every arm makes the same updates. A line for each unit; finished ones
+its error Δ, the total variation between whole responses, D_t at every state, and Theorem 1's bound are exact. A unit
+is one checkpoint and one rollout of it, on which every arm makes the same updates. A line for each unit; finished ones
 are kept. docs/exact.md says what is asked, and what came out.
 """
 
@@ -261,7 +261,7 @@ def at_equal_drift(rows: Rows, length: int, tv: float) -> dict[str, tuple[float,
                 (Exact(*e).tv, Exact(*e).improvement) for arm, e in row["arms"].items() if arm.startswith(rule)
             )
             if points[0][0] <= tv <= points[-1][0]:
-                curves[rule] = float(np.interp(tv, *zip(*points, strict=True)))
+                curves[rule] = float(np.interp(tv, [x for x, _ in points], [y for _, y in points]))
         for rule, by_seed in differences.items():
             if rule in curves and "dppo" in curves:
                 by_seed.setdefault(row["seed"], []).append(curves[rule] - curves["dppo"])
