@@ -260,7 +260,7 @@ def at_equal_drift(rows: Rows, length: int, tv: float) -> dict[str, tuple[float,
             points = sorted(
                 (Exact(*e).tv, Exact(*e).improvement) for arm, e in row["arms"].items() if arm.startswith(rule)
             )
-            if points[0][0] <= tv <= points[-1][0]:
+            if points and points[0][0] <= tv <= points[-1][0]:
                 curves[rule] = float(np.interp(tv, [x for x, _ in points], [y for _, y in points]))
         for rule, by_seed in differences.items():
             if rule in curves and "dppo" in curves:
