@@ -44,6 +44,9 @@ _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first para
     ],
 }
 
+# TRL 1.16 and PEFT 0.21 call by the old names what transformers 5.23 has renamed
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning, r"transformers\.modeling_utils")
+
 
 def check_hooks() -> None:
     """Compare TRL's version and the signatures of `GRPOTrainer`'s hooks with those that the trainer was written for.
@@ -56,8 +59,6 @@ def check_hooks() -> None:
     installed = version("trl")
     if tuple(map(int, installed.split(".")[:2])) < (1, 16):
         raise RuntimeError(f"TRL {installed} is installed; cppo_trl needs 1.16: pip install 'trl>=1.16,<1.17'.")
-    for message in ("gradient_checkpointing_", "is_gradient_checkpointing"):  # TRL 1.16 calls them in each rollout
-        warnings.filterwarnings("ignore", f"`{message}", FutureWarning, r"transformers\.modeling_utils")
     for name, expected in _HOOKS.items():
         method = getattr(GRPOTrainer, name, None)
         found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
