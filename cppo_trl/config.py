@@ -386,9 +386,10 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
                 f"raise steps_per_generation above gradient_accumulation_steps={self.gradient_accumulation_steps}, or "
                 "num_iterations above 1"
             )
-        if {"cppo_delta", "cppo_delta_b"} <= self._fields_read and self.cppo_delta < self.cppo_delta_b < math.inf:
+        delta, delta_b = self.cppo_delta or math.inf, self.cppo_delta_b or 0.0  # None where the rule reads none
+        if delta < delta_b < math.inf:
             doubts.append(
-                f"cppo_delta_b={self.cppo_delta_b:g} exceeds cppo_delta={self.cppo_delta:g}: a budget on the mean of "
+                f"cppo_delta_b={delta_b:g} exceeds cppo_delta={delta:g}: a budget on the mean of "
                 "D_t hardly acts above the limit on each token. Lower it, or set it to .inf"
             )
         if self.beta != 0.0:

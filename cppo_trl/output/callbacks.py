@@ -44,7 +44,7 @@ def shorten_console(callbacks: Sequence[TrainerCallback]) -> None:
     """Make transformers' callbacks that print metrics print those of `SHOWN` for an update or an evaluation batch."""
     for callback in callbacks:
         if isinstance(callback, PrinterCallback | ProgressCallback):
-            callback.on_log = partial(_log_shown, callback.on_log)  # type: ignore[method-assign]
+            callback.on_log = partial(_log_shown, callback.on_log)
 
 
 def _log_shown(show: Callable[..., None], *state: Any, logs: dict[str, float], **kwargs: Any) -> None:

@@ -69,6 +69,8 @@ def _amend(text: str, old: str, new: str) -> str:
 
 def _license(base_model: str) -> str | None:
     readme = Path(base_model, "README.md")
+    if os.path.isdir(base_model) and not readme.is_file():  # else the Hub would be asked for a model of this name
+        return None
     try:
         return ModelCard.load(readme if readme.is_file() else base_model).data.license
     except (OSError, ValueError):  # no card, no network, no such repository

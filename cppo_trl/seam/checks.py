@@ -23,9 +23,14 @@ MAX_MISMATCH_NATS = 0.1
 NOTICEABLE_SHARE = 0.1
 """Share of the budget that triggers the warning of `EngineCheck`."""
 
+# TRL 1.16 and PEFT 0.21 call by the old names what transformers 5.23 has renamed
+warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing", FutureWarning, r"transformers\.modeling_utils")
+
 
 def check_hooks(trainer: type, hooks: Mapping[str, list[str]]) -> None:
-    """Compare the signatures of a trainer of TRL's with those that ours was written for.
+    """Compare TRL's version and the signatures of a trainer of TRL's with those that ours was written for.
+
+    A later version is taken if its signatures are the same.
 
     Args:
         trainer: TRL's class.
@@ -37,8 +42,6 @@ def check_hooks(trainer: type, hooks: Mapping[str, list[str]]) -> None:
     installed = version("trl")
     if tuple(map(int, installed.split(".")[:2])) < (1, 16):
         raise RuntimeError(f"TRL {installed} is installed; cppo_trl needs 1.16: pip install 'trl>=1.16,<1.17'.")
-    for message in ("gradient_checkpointing_", "is_gradient_checkpointing"):  # TRL 1.16 calls them in each rollout
-        warnings.filterwarnings("ignore", f"`{message}", FutureWarning, r"transformers\.modeling_utils")
     for name, expected in hooks.items():
         method = getattr(trainer, name, None)
         found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
