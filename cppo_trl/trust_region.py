@@ -19,13 +19,15 @@ from torch import Tensor
 
 
 def zero_outside(values: Tensor, mask: Tensor) -> Tensor:
-    """The values as fp32, 0 outside the mask whatever stands there, NaN too: one pass over the bits.
+    """The values as fp32, 0 outside the mask whatever stands there, NaN too.
+
+    On the bits, as ``torch.where`` takes three times as long on a CPU.
 
     Args:
         values: ``(B, T)``.
         mask: ``(B, T)``, 1 on the values that count.
     """
-    return (values.float().view(torch.int32) & -mask.int()).view(torch.float32)
+    return (values.float().view(torch.int32) * mask.int()).view(torch.float32)
 
 
 @torch.no_grad()
@@ -150,10 +152,10 @@ class Prefix(NamedTuple):
         """W_t = Σ_{j<=t} w_j."""
         return self.weights.cumsum(-1)
 
-    def average(self) -> Tensor:
-        """S_t / W_t, the prefix average that the budget δ_b is held against; 0 before the first token."""
+    def average(self, delta_b: Tensor) -> Tensor:
+        """S_t / W_t, the prefix average that the budget ``delta_b`` is held against; 0 before the first token."""
         weight_sum = self.weight_sum()
-        return self.spent() / weight_sum.where(weight_sum > 0, 1.0)
+        return (delta_b * weight_sum).sub_(self.left).div_(weight_sum.clamp_(min=1e-30))
 
 
 class Verdict(NamedTuple):
@@ -183,7 +185,7 @@ def prefix_sums(
 ) -> Prefix:
     """What Eq. (8) compares. Arguments as in `cppo_mask`."""
     weights = position_weights(mask, w_min, order)
-    weighted = divergence.float().where(mask.bool(), 0.0).mul_(weights)
+    weighted = zero_outside(divergence, mask).mul_(weights)
     left = (weights * _finite(delta_b)).sub_(weighted).cumsum_(-1)
     threshold = left.roll(1, -1)
     threshold[..., :1] = 0.0
