@@ -1,5 +1,6 @@
 """What the trust region did in a loss call, as one vector that adds up over micro-batches and processes."""
 
+import math
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import accumulate
@@ -8,24 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cppo_trl.trust_region import Bound, Verdict, moves_away
+from cppo_trl.trust_region import Bound, Prefix, Verdict, zero_outside
 
 POSITION_BINS = 20
 """Equal parts of a response, first to last token, that `position_profile` tells apart."""
 
-_BINS_PER_OCTAVE, _LOWEST_OCTAVE, _OCTAVES = 32, -24, 32  # divergences from 2^-24 to 2^8, to 1.1 %
+_BLOCK = 64  # tokens that a prefix sum adds at once
+_MANTISSA, _LOWEST_OCTAVE, _OCTAVES = 6, -24, 32  # bits by which a divergence of 2^-24 to 2^8 is told apart: to 0.8 %
 _SUMS = (
-    "tokens",
-    "divergence",
     "ratio",
     "nonfinite_losses",
-    "away_positive",
-    "away_negative",
-    "masked_positive",
-    "masked_negative",
-    "masked_by_threshold",
+    "away",
     "positive",
-    "negative",
+    "masked_positive",
     "budgeted",
     "delta_b",
     "bounded",
@@ -40,17 +36,17 @@ _SUMS = (
     "unmoved_log_ratio",
 )
 _MAXIMA = ("divergence", "ratio", "delta_b", "length", "advantage")
-_PROFILE_START = len(_SUMS) + _OCTAVES * _BINS_PER_OCTAVE
+_PROFILE_START = len(_SUMS) + (_OCTAVES << _MANTISSA)
 _PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget", "prefix_average")
 
 
 class Fates(NamedTuple):
-    """What became of each token; ``(B, T)`` bool, False outside the mask and where the advantage is zero."""
+    """What became of each token; ``(B, T)`` fp32, 1 or 0, and 0 outside the mask and where the advantage is zero."""
 
     active: Tensor
     """with non-zero advantage"""
     away: Tensor
-    """of these, the step leads away from the rollout policy"""
+    """of these, the step leads away from the rollout policy, as in `trust_region.moves_away`"""
     by_threshold: Tensor
     """masked, and not by the budget"""
     by_budget: Tensor
@@ -60,10 +56,17 @@ class Fates(NamedTuple):
 @torch.no_grad()
 def fates(advantages: Tensor, log_ratio: Tensor, mask: Tensor, verdict: Verdict) -> Fates:
     """The fate of each token under a rule's verdict. Arguments as in `loss_record`."""
-    active = mask.bool() & (advantages != 0)
-    masked = active & (verdict.weight == 0)
-    by_budget = masked & (verdict.within_threshold if verdict.within_threshold is not None else False)
-    return Fates(active, active & moves_away(advantages, log_ratio), masked & ~by_budget, by_budget)
+    sign = advantages.float().sign() * mask.float()
+    active = sign.abs()
+    masked = torch.eq(verdict.weight, 0, out=torch.empty_like(sign)).mul_(active)  # fp32: bool is slow on a CPU
+    within = verdict.within_threshold
+    by_budget = torch.zeros_like(sign) if within is None else _to_float(within).mul_(masked)
+    return Fates(active, sign.mul_(log_ratio).gt_(0), masked.sub_(by_budget), by_budget)
+
+
+def _to_float(flags: Tensor) -> Tensor:
+    """Bool as fp32, from bytes: torch converts bool itself ten times as slowly on a CPU."""
+    return flags.view(torch.uint8).float()
 
 
 @torch.no_grad()
@@ -88,85 +91,73 @@ def loss_record(
         weights_unmoved: whether the policy still has the weights that the responses were sampled with.
 
     Returns:
-        The sums named in ``_SUMS``, a histogram of log2 D_t over tokens, the sums named in ``_PROFILE`` for each of
+        The sums named in ``_SUMS``, a histogram of D_t, the sums named in ``_PROFILE`` for each of
         `POSITION_BINS`, then the maxima named in ``_MAXIMA``, as one vector.
     """
-    valid = mask.bool()
-    divergence = divergence.float().where(valid, 0.0)
-    ratio = log_ratio.float().exp().where(valid, 0.0)
-    position = valid.float().cumsum(-1)
-    fate = fates(advantages, log_ratio, mask, verdict)
-    sums = _counts(valid, advantages, fate) | _rule_sums(valid, position, fate.active, verdict)
-    sums |= {"divergence": divergence.sum(), "ratio": ratio.sum()}
+    own, position = mask.int(), mask.long().cumsum(-1)
+    tokens, (parts, ends) = own.float(), _parts(position)
+    length = parts[:, -1:]
+    ratio = zero_outside((log_ratio * math.log2(math.e)).exp2_(), own)  # exp takes three times as long on a CPU
+    sums, maxima = {"ratio": ratio.sum()}, {"ratio": ratio.amax(), "length": length.amax()}
+    divergence = zero_outside(divergence, own)
+    histogram = _histogram(divergence, tokens)
+    fate = fates(advantages, log_ratio, tokens, verdict)
+    positive = fate.active * (advantages > 0)
+    sums |= {"away": fate.away.sum(), "positive": positive.sum(), "weight": _dot(verdict.weight.float(), fate.active)}
+    sums["masked_positive"] = _dot(fate.by_threshold, positive) + _dot(fate.by_budget, positive)
+    if verdict.at_bound is not None:
+        sums |= {"bounded": fate.active.sum(), "at_bound": _dot(_to_float(verdict.at_bound), fate.active)}
     if topk_mass is not None:
-        sums |= {"listed": sums["tokens"], "topk_mass": topk_mass.where(valid, 0.0).sum()}
+        sums |= {"listed": length.sum(), "topk_mass": zero_outside(topk_mass, own).sum()}
     if weights_unmoved:
-        sums |= {"unmoved": sums["tokens"], "unmoved_divergence": sums["divergence"]}
-        sums["unmoved_log_ratio"] = log_ratio.abs().where(valid, 0.0).sum()
+        sums |= {"unmoved": length.sum(), "unmoved_divergence": divergence.sum()}
+        sums["unmoved_log_ratio"] = zero_outside(log_ratio, own).abs().sum()
+    rows = [divergence, fate.active, fate.by_threshold, fate.by_budget]
+    if verdict.prefix is not None and verdict.within_threshold is not None and verdict.delta_b is not None:
+        sums |= _theorem_sums(tokens, length, ends[:, -1:], verdict.prefix, verdict.within_threshold, verdict.delta_b)
+        rows.append(verdict.prefix.average(verdict.delta_b).mul_(tokens))
+        maxima["delta_b"] = verdict.delta_b.amax()
+    answered = length > 0 if advantages.size(-1) == 1 else own > 0
+    maxima |= {"divergence": divergence.amax(), "advantage": advantages.abs().where(answered, 0.0).amax()}
     zero = divergence.new_zeros(())  # "nonfinite_losses" waits for count_nonfinite_loss
-    budgeted = None if verdict.delta_b is None else verdict.prefix
-    average = zero if budgeted is None else budgeted.average().where(valid, 0.0)
-    rows = (divergence, fate.active, fate.by_threshold, fate.by_budget, average)
-    maxima = {
-        "divergence": divergence.max(),
-        "ratio": ratio.max(),
-        "delta_b": zero if verdict.delta_b is None else verdict.delta_b.max(),
-        "length": position.max(),
-        "advantage": advantages.abs().where(valid, 0.0).max(),
-    }
     return torch.cat(
         [
             torch.stack([sums.get(name, zero).float() for name in _SUMS]),
-            _histogram(divergence, valid),
-            _profile(position, *rows).flatten(),
-            torch.stack([maxima[name].float() for name in _MAXIMA]),
+            histogram,
+            _profile(parts, ends, rows).flatten(),
+            torch.stack([maxima.get(name, zero).float() for name in _MAXIMA]),
         ]
     )
 
 
-def _counts(valid: Tensor, advantages: Tensor, fate: Fates) -> dict[str, Tensor]:
-    """Tokens by advantage and fate."""
-    positive, negative = valid & (advantages > 0), valid & (advantages < 0)
-    masked = fate.by_threshold | fate.by_budget
-    counted = {
-        "tokens": valid,
-        "positive": positive,
-        "negative": negative,
-        "away_positive": fate.away & positive,
-        "away_negative": fate.away & negative,
-        "masked_positive": masked & positive,
-        "masked_negative": masked & negative,
-        "masked_by_threshold": fate.by_threshold,
-    }
-    return {name: tokens.count_nonzero() for name, tokens in counted.items()}
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of the products of two ``(B, T)`` fp32 tensors: of zeros and ones, an exact count up to 2^24."""
+    return a.flatten().dot(b.flatten())
 
 
-def _rule_sums(valid: Tensor, position: Tensor, active: Tensor, verdict: Verdict) -> dict[str, Tensor]:
-    """What the rule itself did: weights, budgets, and where Theorem 1's constraints hold.
+def _theorem_sums(
+    tokens: Tensor, length: Tensor, last: Tensor, prefix: Prefix, within: Tensor, delta_b: Tensor
+) -> dict[str, Tensor]:
+    """Budgets, and where Theorem 1's constraints hold, Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
 
-    They are Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
+    ``length`` and ``last``, ``(B, 1)``, are the number of a response's tokens and the place of the last one.
     """
-    sums = {"weight": verdict.weight.where(active, 0.0).sum()}
-    if verdict.at_bound is not None:
-        sums |= {"bounded": active.count_nonzero(), "at_bound": (verdict.at_bound & active).count_nonzero()}
-    if verdict.prefix is None or verdict.within_threshold is None or verdict.delta_b is None:
-        return sums
-    answered = valid.any(-1, keepdim=True)
-    held = verdict.within_threshold & ((verdict.prefix.left >= 0) | (position == position[..., -1:]))
-    return sums | {
-        "budgeted": answered.count_nonzero(),
-        "delta_b": verdict.delta_b.where(answered, 0.0).sum(),
-        "theorem_prefixes": (held & valid).count_nonzero(),
-        "theorem_responses": ((held | ~valid).all(-1, keepdim=True) & answered).count_nonzero(),
+    held = torch.ge(prefix.left, 0, out=torch.empty_like(tokens)).scatter_(-1, last, 1.0)
+    prefixes = held.mul_(_to_float(within)).mul_(tokens).sum(-1, keepdim=True)
+    answered = length > 0
+    return {
+        "budgeted": answered.sum(),
+        "delta_b": (delta_b * answered).sum(),
+        "theorem_prefixes": prefixes.sum(),
+        "theorem_responses": ((prefixes == length) & answered).sum(),
     }
 
 
-def _histogram(divergence: Tensor, valid: Tensor) -> Tensor:
-    """Tokens by log2 D_t."""
-    octave = divergence.nan_to_num().clamp_(min=2.0**_LOWEST_OCTAVE).log2_().sub_(_LOWEST_OCTAVE)
-    index = octave.mul_(_BINS_PER_OCTAVE).clamp_(max=_OCTAVES * _BINS_PER_OCTAVE - 1).long()
-    histogram = divergence.new_zeros(_OCTAVES * _BINS_PER_OCTAVE)
-    return histogram.scatter_add_(0, index.flatten(), valid.flatten().float())
+def _histogram(divergence: Tensor, tokens: Tensor) -> Tensor:
+    """Tokens by the leading bits of D_t: its octave, and the part of the octave."""
+    lowest, end = (127 + _LOWEST_OCTAVE) << _MANTISSA, (127 + _LOWEST_OCTAVE + _OCTAVES) << _MANTISSA
+    bits = (divergence.view(torch.int32) >> (23 - _MANTISSA)).clamp_(lowest, end - 1)
+    return divergence.new_zeros(end).index_add_(0, bits.flatten(), tokens.flatten())[lowest:]
 
 
 def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
@@ -174,19 +165,34 @@ def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
     record[_SUMS.index("nonfinite_losses")] += ~loss.detach().isfinite()
 
 
-def _profile(position: Tensor, *rows: Tensor) -> Tensor:
-    """Sums of tokens and of each row, ``(B, T)``, over each of `POSITION_BINS` parts of the responses.
+def _parts(position: Tensor) -> tuple[Tensor, Tensor]:
+    """For each of `POSITION_BINS` parts of the responses the tokens up to its end, and the place of its last one.
 
-    ``position`` is t on the responses' tokens and stays there behind them, so each part is a stretch of its row, and
-    its sum a difference of two prefix sums.
+    ``position``, ``(B, T)``, is t on the responses' tokens and stays there behind them. Both results are int64,
+    ``(B, POSITION_BINS)``.
     """
-    length = position[..., -1:]
     part = torch.arange(1, POSITION_BINS + 1, device=position.device)
-    tokens = (part * length / POSITION_BINS).ceil()  # of this part and those before it
-    ends = torch.searchsorted(position, tokens)
-    sums = [row.expand_as(position).cumsum(-1, dtype=torch.float32).gather(-1, ends) for row in rows]
-    before = position.new_zeros(len(rows) + 1, len(position), 1)
-    return torch.stack([tokens, *sums]).diff(dim=-1, prepend=before).sum(1)
+    tokens = -(part * -position[:, -1:] // POSITION_BINS)  # rounded up
+    return tokens, torch.searchsorted(position, tokens)
+
+
+def _profile(parts: Tensor, ends: Tensor, rows: list[Tensor]) -> Tensor:
+    """Sums named in ``_PROFILE`` over each part of the responses; ``parts`` and ``ends`` as from `_parts`.
+
+    Each part is a stretch of its row, and its sum a difference of two prefix sums, which are taken of whole blocks
+    first: far fewer than a prefix sum for every token.
+    """
+    blocks = ends // _BLOCK
+    at = blocks.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK, device=ends.device)
+    inside = at <= ends.unsqueeze(-1)
+    at = at.clamp_(max=rows[0].size(-1) - 1).flatten(1)
+    count = rows[0].size(-1) // _BLOCK
+    sums = [parts.float(), *(torch.zeros_like(parts, dtype=torch.float32) for _ in _PROFILE[1:])]
+    for i, row in enumerate(rows, 1):
+        whole = row[:, : count * _BLOCK].unflatten(-1, (count, _BLOCK)).sum(-1).cumsum(-1)
+        rest = row.gather(-1, at).view_as(inside).where(inside, 0.0).sum(-1)
+        sums[i] = rest + torch.nn.functional.pad(whole, (1, 0)).gather(-1, blocks)
+    return torch.stack(sums).diff(dim=-1, prepend=sums[0].new_zeros(len(sums), len(ends), 1)).sum(1)
 
 
 def add_records(total: Tensor | None, record: Tensor) -> Tensor:
@@ -221,19 +227,17 @@ def summarize(
         bound: Theorem 1 for a budget, a length T and a largest absolute reward ξ, as `CPPOConfig.theorem_bound`; None
             to leave the theorem out. ξ is the largest absolute advantage: the surrogate's reward is Â.
     """
-    n = dict(zip(_SUMS, total, strict=False))
+    n = dict(zip(_SUMS, total, strict=False)) | {name: sum(parts) for name, parts in position_profile(total).items()}
     largest = dict(zip(_MAXIMA, total[-len(_MAXIMA) :], strict=True))
-    masked = n["masked_positive"] + n["masked_negative"]
-    active = n["positive"] + n["negative"]
-    away = n["away_positive"] + n["away_negative"]
+    active, masked = n["active"], n["masked_by_threshold"] + n["masked_by_budget"]
     fractions = {
         "masked": (masked, active),
         "masked_by_threshold": (n["masked_by_threshold"], active),
-        "masked_by_budget": (masked - n["masked_by_threshold"], active),
+        "masked_by_budget": (n["masked_by_budget"], active),
         "masked_positive": (n["masked_positive"], n["positive"]),
-        "masked_negative": (n["masked_negative"], n["negative"]),
+        "masked_negative": (masked - n["masked_positive"], active - n["positive"]),
         "weight": (n["weight"], active),
-        "toward_rollout": (active - away, active),
+        "toward_rollout": (active - n["away"], active),
         "at_bound": (n["at_bound"], n["bounded"]),
         "delta_b": (n["delta_b"], n["budgeted"]),
         "topk_mass": (n["topk_mass"], n["listed"]),
@@ -274,6 +278,7 @@ def position_profile(total: list[float]) -> dict[str, list[float]]:
 
 
 def _histogram_quantile(counts: list[float], quantile: float) -> float:
-    """Quantile of D_t from the histogram of log2 D_t: the middle of its bin, 0 for the lowest bin."""
+    """Quantile of D_t from its histogram: the middle of its bin, 0 for the lowest bin."""
     reached = bisect_right(list(accumulate(counts)), quantile * (sum(counts) - 1))
-    return 2.0 ** (_LOWEST_OCTAVE + (reached + 0.5) / _BINS_PER_OCTAVE) if reached else 0.0
+    octave, part = divmod(reached, 1 << _MANTISSA)
+    return 2.0 ** (_LOWEST_OCTAVE + octave) * (1 + (part + 0.5) / (1 << _MANTISSA)) if reached else 0.0

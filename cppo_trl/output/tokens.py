@@ -104,9 +104,9 @@ def _shortest(values: Tensor) -> list[float]:
 
 def _fate_codes(advantages: Tensor, log_ratio: Tensor, mask: Tensor, verdict: Verdict) -> Tensor:
     """Places in `FATES`, ``(B, T)``."""
-    fate = fates(advantages, log_ratio, mask, verdict)
+    active, away, by_threshold, by_budget = (flags.bool() for flags in fates(advantages, log_ratio, mask, verdict))
     code = {name: at for at, name in enumerate(FATES)}
-    codes = torch.where(fate.away, code["within"], code["toward"])
+    codes = torch.where(away, code["within"], code["toward"])
     codes = codes.masked_fill(verdict.weight != 1, code["reweighted"])
-    codes = codes.masked_fill(fate.by_threshold, code["threshold"]).masked_fill(fate.by_budget, code["budget"])
-    return codes.masked_fill(~fate.active, code["idle"]).masked_fill(~mask.bool(), code["foreign"])
+    codes = codes.masked_fill(by_threshold, code["threshold"]).masked_fill(by_budget, code["budget"])
+    return codes.masked_fill(~active, code["idle"]).masked_fill(~mask.bool(), code["foreign"])
