@@ -45,13 +45,12 @@ def position_weights(mask: Tensor, w_min: float, order: Tensor | None = None) ->
     Returns:
         ``(B, T)`` fp32, falling from 1 to ``w_min`` over each response (or along ``order``), 0 outside the mask.
     """
-    mask = mask.float()
     if order is None:
-        position = mask.cumsum(-1).sub_(1)  # t - 1
+        position = mask.cumsum(-1).float().sub_(1)  # t - 1
     else:
         position = order.masked_fill(mask == 0, torch.inf).argsort(-1).argsort(-1).float()
     last = (mask.sum(-1, keepdim=True) - 1).clamp(min=1)  # T - 1; 0/0 for a single token is 0
-    return position.mul_((w_min - 1) / last).add_(1).mul_(mask)
+    return position.mul_((w_min - 1) / last).add_(1).mul_(mask.float())
 
 
 @torch.no_grad()
@@ -152,10 +151,9 @@ class Prefix(NamedTuple):
         """W_t = Σ_{j<=t} w_j."""
         return self.weights.cumsum(-1)
 
-    def average(self, delta_b: Tensor) -> Tensor:
-        """S_t / W_t, the prefix average that the budget ``delta_b`` is held against; 0 before the first token."""
-        weight_sum = self.weight_sum()
-        return (delta_b * weight_sum).sub_(self.left).div_(weight_sum.clamp_(min=1e-30))
+    def average(self, delta_b: Tensor, mask: Tensor) -> Tensor:
+        """S_t / W_t, the prefix average that the budget ``delta_b`` is held against; 0 outside the mask."""
+        return torch.addcdiv(delta_b, self.left, self.weight_sum().clamp_(min=1e-30), value=-1).mul_(mask)
 
 
 class Verdict(NamedTuple):

@@ -105,7 +105,7 @@ def test_the_verdict_of_cppo_by_hand(rule):
     assert prefix.spent().tolist() == [[0, 0.5, 0.6875, 1.1875], [0] * 4]
     assert prefix.weight_sum().tolist() == [[0, 1, 1.75, 2.25], [0] * 4]
     average = torch.tensor([[0, 0.5, 0.6875 / 1.75, 1.1875 / 2.25], [0] * 4])
-    torch.testing.assert_close(prefix.average(verdict.delta_b), average)
+    torch.testing.assert_close(prefix.average(verdict.delta_b, mask), average)
     assert prefix.left.tolist() == [[0, -0.25, -0.25, -0.625], [0] * 4]
     assert prefix.threshold.tolist() == [[0.5, 0.5, 0.25, 0.25], [0.5] * 4]
     assert verdict.within_threshold[0].tolist() == [True] * 4
@@ -127,7 +127,9 @@ def test_order_deals_the_weights_out():
     assert cppo_mask(*rows, **rule).tolist() == [[False, True, True]]
     assert cppo_mask(*rows, **rule, order=order).tolist() == [[True, True, False]]
     prefix = prefix_sums(rows[0], ones, delta=0.5, w_min=0.5, delta_b=0.1, order=order)
-    torch.testing.assert_close(prefix.average(torch.tensor([[0.1]])), torch.tensor([[0.9, 0.9 / 1.25, 1.45 / 2.25]]))
+    torch.testing.assert_close(
+        prefix.average(torch.tensor([[0.1]]), ones), torch.tensor([[0.9, 0.9 / 1.25, 1.45 / 2.25]])
+    )
 
 
 @pytest.mark.parametrize("rule", [cppo, cppo_soft])
