@@ -145,7 +145,7 @@ def _count(tokens: Tensor, among: Tensor) -> Tensor:
 def _theorem_sums(
     tokens: Tensor, length: Tensor, last: Tensor, prefix: Prefix, within: Tensor, delta_b: Tensor
 ) -> dict[str, Tensor]:
-    """Budgets, and where Theorem 1's constraints hold, Eq. (5): w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
+    """Budgets, and where Theorem 1's Eq. (5) holds: w_t D_t <= δ, and S_t <= δ_b W_t before the last token.
 
     ``length`` and ``last``, ``(B, 1)``, are the number of a response's tokens and the place of the last one.
     """

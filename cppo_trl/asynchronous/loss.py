@@ -105,6 +105,6 @@ class PackedLoss:
         record = loss_record(*self._judged, self._verdict)
         count_nonfinite_loss(record, loss)
         fate = fates(advantages, log_ratio, mask, self._verdict)
-        masked = fate.by_threshold | fate.by_budget
+        masked = fate.by_threshold + fate.by_budget
         table = by_staleness(self._staleness, bins, divergence, log_ratio, mask, fate.active, masked)
         return torch.cat([table.flatten(), off.view(1), record])

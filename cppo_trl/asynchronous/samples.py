@@ -98,14 +98,14 @@ def by_staleness(
         divergence: ``(B, T)`` D_t.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the samples' tokens.
-        active: ``(B, T)`` bool, tokens with an advantage.
-        masked: ``(B, T)`` bool, of these.
+        active: ``(B, T)`` fp32, 1 on the tokens with an advantage.
+        masked: the same, on the masked ones of these.
 
     Returns:
         ``(bins, 5)`` fp32: tokens, D_t, |log ρ_t|, active and masked tokens.
     """
     valid = mask.bool()
-    rows = (valid, divergence.where(valid, 0.0), log_ratio.abs().where(valid, 0.0), active & valid, masked & valid)
+    rows = (valid, divergence.where(valid, 0.0), log_ratio.abs().where(valid, 0.0), active, masked)
     sums = torch.stack([row.float().sum(-1) for row in rows], -1)
     return sums.new_zeros(bins, 5).index_add_(0, staleness.clamp(0, bins - 1), sums)
 

@@ -60,13 +60,13 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
     def __init__(
         self, model: str, reward_funcs: Any = None, args: AsyncCPPOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
+        checks.check_hooks(AsyncGRPOTrainer, _HOOKS)
         if args is None:
             args = AsyncCPPOConfig(f"{model.rsplit('/', maxsplit=1)[-1]}-AsyncCPPO")
         if not isinstance(args, AsyncCPPOConfig):
             raise TypeError(
                 f"args must be a cppo_trl.AsyncCPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
-        checks.check_hooks(AsyncGRPOTrainer, _HOOKS)
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity
         self._update = UpdateLedger()

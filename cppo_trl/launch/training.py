@@ -138,8 +138,8 @@ def train(
         evaluation = _evaluation(script, config)
         data = load_data(script, config, mixture)
         data[script.dataset_train_split].info.dataset_name = ", ".join(dataset_names(script, mixture))
-        require_model(model.model_name_or_path)
         require_repository(config)
+        require_model(model.model_name_or_path)
         trainer = CPPOTrainer(
             model.model_name_or_path,
             rewards,

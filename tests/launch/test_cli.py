@@ -64,7 +64,7 @@ def test_every_command_is_listed(capsys):
     main(["--help"])
     listed = capsys.readouterr().out
     assert all(f"\n  {name} " in listed for name in COMMANDS)
-    with pytest.raises(SystemExit, match="there is no command 'tarin'. Did you mean train"):
+    with pytest.raises(SystemExit, match=r"there is no command 'tarin'\. Did you mean train"):
         main(["tarin"])
 
 

@@ -12,6 +12,7 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
 )
+from trl import GRPOTrainer
 
 from cppo_trl import CPPOTrainer
 from cppo_trl.seam import topk as policy_topk
@@ -212,7 +213,7 @@ def test_a_changed_head_is_loud(make_trainer, monkeypatch):
             make_trainer(cppo_divergence="topk_tv")
     trainer = make_trainer(cppo_divergence="topk_tv")
     monkeypatch.setattr(
-        CPPOTrainer.__mro__[1],
+        GRPOTrainer,
         "_get_per_token_logps_and_entropies",
         lambda self, model, input_ids, attention_mask, logits_to_keep, **k: (torch.zeros(8, 12), None, None),
     )
@@ -273,7 +274,7 @@ def test_with_vllm_the_engine_is_the_anchor_and_no_pass_is_made(make_trainer, mo
             calls.append(inputs)
             return super()._compute_loss(model, inputs)
 
-    compute = CPPOTrainer.__mro__[1]._get_per_token_logps_and_entropies
+    compute = GRPOTrainer._get_per_token_logps_and_entropies
     passes = []
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
 
@@ -282,7 +283,7 @@ def test_with_vllm_the_engine_is_the_anchor_and_no_pass_is_made(make_trainer, mo
         passes.append(1)
         return compute(*args, **kwargs)
 
-    monkeypatch.setattr(CPPOTrainer.__mro__[1], "_get_per_token_logps_and_entropies", counted)
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", counted)
     trainer = make_trainer(Spy, use_vllm=True, cppo_divergence=divergence, max_steps=4, learning_rate=5e-3)
     trainer.train()
     assert len(calls) == len(passes) == 4  # one pass for each loss, none for the two rollouts

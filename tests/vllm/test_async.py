@@ -12,11 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+pytest.importorskip("vllm")
+
+import trl
 
 from cppo_trl import AsyncCPPOConfig, AsyncCPPOTrainer
 from cppo_trl.asynchronous.file_transfer import FileTransfer
