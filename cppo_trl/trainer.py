@@ -65,6 +65,7 @@ class CPPOTrainer(GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: CPPOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
+        checks.check_hooks()
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CPPOConfig(f"{name.split('/')[-1]}-CPPO")
@@ -72,7 +73,6 @@ class CPPOTrainer(GRPOTrainer):
             raise TypeError(
                 f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
-        checks.check_hooks()
         if args.uses_topk:
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
