@@ -94,7 +94,7 @@ def test_an_older_trl_is_refused():
         "import importlib.metadata as m; old = m.version; m.version = lambda n: '1.15.0' if n == 'trl' else old(n)"
     )
     program += "; from cppo_trl import CPPOTrainer; CPPOTrainer('no/such')"
-    done = launch("-c", program, ACCELERATE_USE_CPU="true")
+    done = launch("-c", program)
     assert "RuntimeError: TRL 1.15.0 is installed; cppo_trl needs 1.16: pip install" in done.stderr
 
 
