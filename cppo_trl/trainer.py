@@ -55,6 +55,11 @@ _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first para
 }
 
 
+def check_trl() -> None:
+    """Refuse a TRL that the seam was not made for, with a RuntimeError."""
+    checks.check_hooks(GRPOTrainer, _HOOKS)
+
+
 class CPPOTrainer(GuardedOutput, GRPOTrainer):
     """`trl.GRPOTrainer` whose loss is masked by the CPPO trust region (arXiv 2606.10968).
 
@@ -85,7 +90,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: CPPOConfig | None = None, *rest: Any, **kwargs: Any
     ) -> None:
-        checks.check_hooks(GRPOTrainer, _HOOKS)
+        check_trl()
         if args is None:
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CPPOConfig(f"{name.split('/')[-1]}-CPPO")

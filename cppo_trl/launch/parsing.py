@@ -88,8 +88,8 @@ def answer_help(
     parser = FieldParser(types, prog)
     parser.usage = f"{prog} --config FILE_OR_RECIPE [--FIELD VALUE ...]"
     parser.epilog = "--help_all lists TRL's fields as well. `cppo-trl recipes` lists the recipes."
-    ours = [base for kind in types for base in kind.__mro__ if base.__module__.startswith("cppo_trl")]
-    own = [name for base in ours for name in base.__annotations__]
+    kinds = [base for kind in types for base in kind.__mro__ if base.__module__.startswith("cppo_trl")]
+    own = [name for base in kinds for name in base.__annotations__]
     actions = [
         action for action in parser._optionals._group_actions if not action.option_strings[0].startswith("--no_")
     ]

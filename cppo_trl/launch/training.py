@@ -33,8 +33,8 @@ from cppo_trl.output.hub import push, require_repository
 from cppo_trl.output.model_card import CURVES, link
 from cppo_trl.output.run_files import exclusive
 from cppo_trl.rules import import_object
-from cppo_trl.seam.checks import check_hooks, require_columns, require_rows
-from cppo_trl.trainer import CPPOTrainer
+from cppo_trl.seam.checks import require_columns, require_rows
+from cppo_trl.trainer import CPPOTrainer, check_trl
 
 
 @dataclass
@@ -129,7 +129,7 @@ def train(
             checkpoints of an earlier run that ``resume_from_checkpoint`` does not continue.
         RunError: if the Hub refuses, the loss or a weight is not finite, or saving fails.
     """
-    check_hooks()
+    check_trl()
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
     main_process = config.process_index == 0
