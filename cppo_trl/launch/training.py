@@ -138,8 +138,8 @@ def train(
         rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
         evaluation = _evaluation(script, config)
         data = load_data(script, config, mixture)
-        require_model(model.model_name_or_path)
         require_repository(config)
+        require_model(model.model_name_or_path)
         trainer = CPPOTrainer(
             model.model_name_or_path,
             rewards,
