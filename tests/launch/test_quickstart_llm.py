@@ -1,0 +1,148 @@
+"""``scripts/quickstart_llm.py`` with a tiny model and a chat template made on the spot, and its word problems."""
+
+import json
+import os
+import re
+import sys
+
+import pytest
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.conftest import ROOT, launch, tiny_model
+
+CHAT = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<eos>"
+    "{% endgeneration %}{% else %}Q {{ message['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} A {% endif %}"
+)
+
+
+@pytest.fixture
+def problems_module(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import word_problems
+
+    return word_problems
+
+
+def test_every_worked_answer_is_right_and_ends_in_the_solution(problems_module):
+    rows = problems_module.word_problems(600, seed=3)
+    openings = set()
+    for prompt, completion, solution in zip(rows["prompt"], rows["completion"], rows["solution"], strict=True):
+        question, answer = prompt[0]["content"], completion[0]["content"]
+        *steps, last = re.findall(r"(\d+ [-+*/] \d+) = (\d+)\.", answer)
+        for step, result in (*steps, last):
+            assert eval(step) == int(result) > 0
+        assert answer.endswith(f" \\boxed{{{solution}}}")
+        assert solution == last[1]
+        given = set(re.findall(r"\d+", question)) | {steps[0][1], "2"}  # two share equally
+        assert set(re.findall(r"\d+", " ".join(step for step, _ in (*steps, last)))) <= given
+        openings.add(re.sub(r"[A-Z]\w+|\d+|" + "|".join(problems_module.THINGS), "", question))
+    assert len(openings) == len(problems_module.STORIES)
+
+
+def test_problems_are_distinct_and_held_out_ones_do_not_return(problems_module):
+    def questions(rows):
+        return [row["prompt"][0]["content"] for row in rows]
+
+    test = questions(problems_module.word_problems(100, seed=1))
+    train = questions(problems_module.word_problems(500, seed=1, exclude=set(test)))  # the same stream of problems
+    assert len(set(test)) == 100
+    assert len(set(train)) == 500
+    assert not set(test) & set(train)
+
+
+@pytest.fixture
+def base(tmp_path):
+    """A tiny model that chats, one character a token."""
+    characters = "\n !,.?'+-*/=\\{}<>0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    vocabulary = {token: at for at, token in enumerate(["<pad>", "<eos>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    fast.chat_template = CHAT
+    tiny_model(vocab_size=len(vocabulary), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    fast.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def command(tmp_path, base, *more):
+    fields = {
+        "config": ROOT / "configs/smollm2-135m/word-problems/cppo.yaml",
+        "base_model": base,
+        "task_dir": tmp_path / "task",
+        "output_dir": tmp_path / "run",
+        "warm_start_steps": 2,
+        "train_problems": 40,
+        "test_problems": 6,
+        "gsm8k": tmp_path / "gsm8k.jsonl",
+        "gsm8k_problems": 2,
+        "comparison_rollouts": 1,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 4,
+        "save_steps": 2,
+        "logging_steps": 2,
+        "log_tokens_steps": 2,
+        "learning_rate": 0.05,
+        "reward_funcs": "tests.launch.test_quickstart_llm.letters",
+        "use_cpu": True,
+    }
+    flags = [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+    return [ROOT / "scripts/quickstart_llm.py", *flags, *more]
+
+
+def letters(completions, **kwargs):
+    """A reward that a random model can earn."""
+    return [sum(c.isalpha() for c in completion[-1]["content"]) / 8 for completion in completions]
+
+
+def test_quickstart_llm_end_to_end_and_again(tmp_path, base):
+    rows = [{"question": f"What is {n} plus 1?", "answer": f"Add them.\n#### {n + 1}"} for n in (1, 2, 1999)]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = launch(*command(tmp_path, base), PYTHONPATH=str(ROOT))
+    assert run.returncode == 0, run.stderr
+    output = tmp_path / "run"
+    results = json.loads((output / "results.json").read_text())
+    assert results["rollouts"] == 2
+    assert results["base_model"] == str(base)
+    for when in ("before", "after"):
+        assert {"greedy", "avg_at_4", "avg_at_4_stderr", "gsm8k"} == set(results[when])
+    counts, positions = results["both_estimators"], results["by_position"]
+    assert counts["first_update"] == 3
+    assert counts["tokens"] >= counts["away"] >= max(counts["topk"], counts["binary"]) >= counts["both"]
+    assert counts["divergence_topk"] >= counts["divergence_binary"] > 0
+    assert sum(positions["divergence_update_1"]) == 0 < sum(positions["divergence_update_2"])
+    assert len(positions["masked_by_budget"]) == 20
+    for name in ("positions.png", "curves.png", "report.html", "adapter_config.json", "trust_region_tokens.jsonl"):
+        assert (output / name).stat().st_size > 0
+    assert "avg@4" in (output / "README.md").read_text()
+    asked = [json.loads(line)["solution"] for line in (tmp_path / "task/gsm8k.jsonl").read_text().splitlines()]
+    assert asked == ["2", "3"]
+    weights = (output / "adapter_model.safetensors").stat().st_mtime_ns
+    again = launch(*command(tmp_path, base), PYTHONPATH=str(ROOT))
+    assert again.returncode == 0, again.stderr
+    assert (output / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert "Warm start: found" in again.stdout
+    assert {**json.loads((output / "results.json").read_text()), "command": 0} == {**results, "command": 0}
+
+
+def test_a_missing_model_ends_in_one_line(tmp_path):
+    run = launch(*command(tmp_path, "nobody/no-model"), PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1")
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1].startswith("quickstart_llm.py: nobody/no-model: this model is not")
+
+
+@pytest.mark.skipif("QUICKSTART_LLM" not in os.environ, reason="make test-llm runs it with the real model")
+def test_the_real_model_is_loaded_from_the_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    sys.path.append(str(ROOT / ".smollm2"))
+    import quickstart_llm
+
+    name = quickstart_llm.base_model(quickstart_llm.NAME, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(name)
+    assert model.num_parameters() == 134_515_008
