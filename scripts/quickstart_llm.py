@@ -311,12 +311,11 @@ def main() -> None:
     data, start = prepare_task(task, config.seed)
     script.dataset_name, model.model_name_or_path = str(data), str(start)
 
-    print("Evaluating the warm start on held-out problems")
-    before = evaluate_model(task, config, start, data, start.with_name("evaluation"))
     if not finished(config):
         config.resume_from_checkpoint = "true"
         train(script, config, model, mixture)
-    print("Evaluating the trained model")
+    print("Evaluating the warm start and the trained model")
+    before = evaluate_model(task, config, start, data, start.with_name("evaluation"))
     after = evaluate_model(task, config, output_dir, data, output_dir / "evaluation")
     counts = compare_estimators(script, config, model, task.comparison_rollouts)
 
