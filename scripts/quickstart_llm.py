@@ -10,7 +10,7 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 from trl import ModelConfig, SFTConfig, SFTTrainer, get_peft_config
-from word_problems import word_problems
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data.sources import SourceUnavailableError, load_local, load_source, require_on_hub
@@ -38,6 +37,7 @@ from cppo_trl.output.run_files import PROFILES, command_line, read_lines, versio
 from cppo_trl.report.__main__ import main as write_report
 from cppo_trl.rules import import_object
 from cppo_trl.trust_region import moves_away
+from word_problems import word_problems
 
 BASE = "base.txt"
 """Beside the warm start: what it started from, in words."""
@@ -126,10 +126,24 @@ def warm_start(base: str, directory: Path, problems: object, steps: int, seed: i
     unfinished.rename(directory)
 
 
+def claim(file: Path, settings: Mapping[str, Any], option: str) -> None:
+    """Note the settings that the files of a directory were made with, or see that they are the same.
+
+    Raises:
+        RunError: if they are not.
+    """
+    earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else settings
+    if differing := sorted(name for name in settings if earlier.get(name) != settings[name]):
+        raise RunError(f"{file.parent} was made with another {', '.join(differing)}. Choose another --{option}.")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+
+
 def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
     """Make data and warm start, or find them from an earlier run; return both directories."""
     directory = Path(task.task_dir) / f"seed-{seed}"
     data, model = directory / "data", directory / "warm_start"
+    claim(directory / "settings.json", asdict(task), "task_dir")
     test = word_problems(task.test_problems, seed)
     questions = {row["prompt"][0]["content"] for row in test}
     to_train_on = word_problems(task.train_problems, seed + 1, questions)
@@ -308,6 +322,7 @@ def main() -> None:
     task, arguments = HfArgumentParser(TaskArguments).parse_args_into_dataclasses(return_remaining_strings=True)
     script, config, model, mixture = parse_arguments(arguments)
     output_dir = Path(config.output_dir)
+    claim(output_dir / "settings.json", {"seed": config.seed, "task_dir": task.task_dir}, "output_dir")
     data, start = prepare_task(task, config.seed)
     script.dataset_name, model.model_name_or_path = str(data), str(start)
 

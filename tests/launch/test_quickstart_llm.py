@@ -3,14 +3,16 @@
 import json
 import os
 import re
-import sys
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from cppo_trl.launch.plan import dry_run
 from tests.conftest import ROOT, launch, tiny_model
+from word_problems import STORIES, THINGS, word_problems
 
+RECIPE = ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"
 CHAT = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}<eos>"
     "{% endgeneration %}{% else %}Q {{ message['content'] }}{% endif %}{% endfor %}"
@@ -18,16 +20,8 @@ CHAT = (
 )
 
 
-@pytest.fixture
-def problems_module(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    import word_problems
-
-    return word_problems
-
-
-def test_every_worked_answer_is_right_and_ends_in_the_solution(problems_module):
-    rows = problems_module.word_problems(600, seed=3)
+def test_every_worked_answer_is_right_and_ends_in_the_solution():
+    rows = word_problems(600, seed=3)
     openings = set()
     for prompt, completion, solution in zip(rows["prompt"], rows["completion"], rows["solution"], strict=True):
         question, answer = prompt[0]["content"], completion[0]["content"]
@@ -38,16 +32,16 @@ def test_every_worked_answer_is_right_and_ends_in_the_solution(problems_module):
         assert solution == last[1]
         given = set(re.findall(r"\d+", question)) | {steps[0][1], "2"}  # two share equally
         assert set(re.findall(r"\d+", " ".join(step for step, _ in (*steps, last)))) <= given
-        openings.add(re.sub(r"[A-Z]\w+|\d+|" + "|".join(problems_module.THINGS), "", question))
-    assert len(openings) == len(problems_module.STORIES)
+        openings.add(re.sub(r"[A-Z]\w+|\d+|" + "|".join(THINGS), "", question))
+    assert len(openings) == len(STORIES)
 
 
-def test_problems_are_distinct_and_held_out_ones_do_not_return(problems_module):
+def test_problems_are_distinct_and_held_out_ones_do_not_return():
     def questions(rows):
         return [row["prompt"][0]["content"] for row in rows]
 
-    test = questions(problems_module.word_problems(100, seed=1))
-    train = questions(problems_module.word_problems(500, seed=1, exclude=set(test)))  # the same stream of problems
+    test = questions(word_problems(100, seed=1))
+    train = questions(word_problems(500, seed=1, exclude=set(test)))  # the same stream of problems
     assert len(set(test)) == 100
     assert len(set(train)) == 500
     assert not set(test) & set(train)
@@ -70,7 +64,7 @@ def base(tmp_path):
 
 def command(tmp_path, base, *more):
     fields = {
-        "config": ROOT / "configs/smollm2-135m/word-problems/cppo.yaml",
+        "config": RECIPE,
         "base_model": base,
         "task_dir": tmp_path / "task",
         "output_dir": tmp_path / "run",
@@ -137,12 +131,34 @@ def test_a_missing_model_ends_in_one_line(tmp_path):
     assert run.stderr.strip().splitlines()[-1].startswith("quickstart_llm.py: nobody/no-model: this model is not")
 
 
-@pytest.mark.skipif("QUICKSTART_LLM" not in os.environ, reason="make test-llm runs it with the real model")
-def test_the_real_model_is_loaded_from_the_package(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
-    sys.path.append(str(ROOT / ".smollm2"))
-    import quickstart_llm
+def test_another_seed_does_not_pass_for_the_run(tmp_path, base):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/settings.json").write_text(json.dumps({"seed": 0, "task_dir": str(tmp_path / "task")}))
+    run = launch(*command(tmp_path, base), "--seed", "1", PYTHONPATH=str(ROOT))
+    assert run.returncode == 1
+    message = f"quickstart_llm.py: {tmp_path / 'run'} was made with another seed. Choose another --output_dir."
+    assert run.stderr.strip().splitlines()[-1] == message
 
-    name = quickstart_llm.base_model(quickstart_llm.NAME, tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(name)
-    assert model.num_parameters() == 134_515_008
+
+def test_the_recipe_works_and_has_the_paper_s_trust_region():
+    plan = dry_run(["--config", str(RECIPE)])
+    assert plan.problems == []
+    assert plan.rows["trust region"] == (
+        "cppo, topk_tv (K = 20), delta 0.15, w_min 0.8, delta_b 0.02 to 0.04 (quantile 0.9 of each response)"
+    )
+    assert plan.config.updates_per_rollout == 4
+    assert not plan.config.use_cpu
+
+
+@pytest.mark.skipif("CPPO_TEST_LLM" not in os.environ, reason="make test-llm runs it")
+@pytest.mark.timeout(1800)
+def test_the_real_model_goes_through_every_stage(tmp_path):
+    less = {"warm_start_steps": 2, "comparison_rollouts": 1, "max_steps": 4, "num_generations": 4}
+    more = [str(x) for name, value in less.items() for x in (f"--{name}", value)]
+    rewards = ["--reward_funcs", "tests.launch.test_quickstart_llm.letters", "--gsm8k_problems", "0"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = launch(*command(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct", *more, *rewards), PYTHONPATH=path)
+    assert run.returncode == 0, run.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["base_model"].startswith("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert results["both_estimators"]["divergence_topk"] > 0
