@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+import yaml
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -110,7 +111,7 @@ def test_quickstart_llm_end_to_end_and_again(tmp_path, base):
     assert counts["first_update"] == 3
     assert counts["tokens"] >= counts["away"] >= max(counts["topk"], counts["binary"]) >= counts["both"]
     assert counts["divergence_topk"] >= counts["divergence_binary"] > 0
-    assert sum(positions["divergence_update_1"]) == 0 < sum(positions["divergence_update_2"])
+    assert sum(positions["divergence_update_1"]) < 1e-5 < sum(positions["divergence_update_2"])  # rounding, movement
     assert len(positions["masked_by_budget"]) == 20
     for name in ("positions.png", "curves.png", "report.html", "adapter_config.json", "trust_region_tokens.jsonl"):
         assert (output / name).stat().st_size > 0
@@ -147,7 +148,7 @@ def test_the_recipe_works_and_has_the_paper_s_trust_region():
         "cppo, topk_tv (K = 20), delta 0.15, w_min 0.8, delta_b 0.02 to 0.04 (quantile 0.9 of each response)"
     )
     assert plan.config.updates_per_rollout == 4
-    assert not plan.config.use_cpu
+    assert not {"use_cpu", "use_vllm"} & set(yaml.safe_load(RECIPE.read_text()))  # as it stands with and without a GPU
 
 
 @pytest.mark.skipif("CPPO_TEST_LLM" not in os.environ, reason="make test-llm runs it")
