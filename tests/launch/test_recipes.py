@@ -129,6 +129,7 @@ def test_single_gpu_recipes_fit_their_card_and_leave_the_policy_off_the_rollout(
 
 def test_no_recipe_is_left_out():
     listed = {path_of(row[0]) for row in TABLE_3} | {ROOT / f"configs/{name}.yaml" for name in SINGLE_GPU}
+    listed |= {ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"}  # tests/launch/test_quickstart_llm.py
     assert listed == set(RECIPES)
     assert all((path.parent / "README.md").is_file() for path in RECIPES)
 
