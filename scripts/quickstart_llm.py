@@ -169,7 +169,13 @@ def accuracy(
             continue
         directory = output_dir / f"{file.stem}-{kind}"
         sampling = {"samples": count, "temperature": temperature, "top_p": 1.0, "max_new_tokens": max_new_tokens}
-        how = {"seed": seed, "backend": "transformers", "dtype": "float32", "batch_size": 64, **sampling}
+        how: dict[str, Any] = {
+            "seed": seed,
+            "backend": "transformers",
+            "dtype": "float32",
+            "batch_size": 64,
+            **sampling,
+        }
         evaluate_command(EvaluationArguments(str(model), [str(file)], str(directory), **how))
         metrics = read_results(directory)["benchmarks"][file.stem]
         if kind == "greedy":

@@ -6,6 +6,7 @@ r"""Word problems in two steps, generated: the task of ``scripts/quickstart_llm.
 
 import operator
 import random
+from typing import Any
 
 from datasets import Dataset
 
@@ -13,12 +14,17 @@ NAMES = "Tom Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia N
 THINGS = "apples marbles stickers pencils cookies shells cards stamps balloons buttons".split()
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
-STORIES = (  # text; ranges of a, b and c; both steps, the second of which may use the first one's result x
-    ("{n} has {a} {t} and buys {b} bags of {c} {t} each. How many {t} now?", (2, 9), (2, 5), (2, 5), "b*c", "a+x"),
-    ("{n} has {a} {t}, loses {b} and finds {c}. How many {t} now?", (6, 15), (2, 5), (2, 9), "a-b", "x+c"),
-    ("{n} has {a} {t}. {m} has {b} more. How many {t} together?", (2, 9), (2, 6), (1, 1), "a+b", "a+x"),
-    ("{n} earns {a} dollars a day for {b} days and spends {c}. How many are left?", (3, 7), (2, 5), (2, 5), "a*b", "x-c"),
-    ("{n} has {a} {t} and gives {b} to each of {c} friends. How many are left?", (12, 30), (2, 4), (2, 4), "b*c", "a-x"),
+STORIES: tuple[tuple[Any, ...], ...] = (  # text; ranges of a, b and c; both steps, the second of which may use the first one's result x
+    ("{n} has {a} {t} and buys {b} bags of {c} {t} each. How many {t} now?",
+     (2, 9), (2, 5), (2, 5), "b*c", "a+x"),
+    ("{n} has {a} {t}, loses {b} and finds {c}. How many {t} now?",
+     (6, 15), (2, 5), (2, 9), "a-b", "x+c"),
+    ("{n} has {a} {t}. {m} has {b} more. How many {t} together?",
+     (2, 9), (2, 6), (1, 1), "a+b", "a+x"),
+    ("{n} earns {a} dollars a day for {b} days and spends {c}. How many are left?",
+     (3, 7), (2, 5), (2, 5), "a*b", "x-c"),
+    ("{n} has {a} {t} and gives {b} to each of {c} friends. How many are left?",
+     (12, 30), (2, 4), (2, 4), "b*c", "a-x"),
 )  # fmt: skip
 
 
