@@ -14,7 +14,8 @@ NAMES = "Tom Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia N
 THINGS = "apples marbles stickers pencils cookies shells cards stamps balloons buttons".split()
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv}
 
-STORIES: tuple[tuple[Any, ...], ...] = (  # text; ranges of a, b and c; both steps, the second of which may use the first one's result x
+# text; ranges of a, b and c; both steps, the second of which may use the first one's result x
+STORIES: tuple[tuple[Any, ...], ...] = (
     ("{n} has {a} {t} and buys {b} bags of {c} {t} each. How many {t} now?",
      (2, 9), (2, 5), (2, 5), "b*c", "a+x"),
     ("{n} has {a} {t}, loses {b} and finds {c}. How many {t} now?",
