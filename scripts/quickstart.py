@@ -53,17 +53,20 @@ class TaskArguments:
         default=0.6, metadata={"help": "Probability that a demonstration forgets the carry of a step that adds 9."}
     )
     warm_start_steps: int = field(default=800, metadata={"help": "Updates of the supervised warm start."})
+    warm_start_seed: int = field(
+        default=0, metadata={"help": "Of problems and warm start; --seed is of the training."}
+    )
     train_problems: int = field(default=8000, metadata={"help": "Problems to train on."})
     test_problems: int = field(default=256, metadata={"help": "Held-out problems."})
 
 
-def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
+def prepare_task(task: TaskArguments) -> tuple[Path, Path]:
     """Make data and warm start, or find them from an earlier run; return both directories."""
-    directory = Path(task.task_dir) / f"seed-{seed}"
+    directory = Path(task.task_dir)
     if task != TaskArguments(task.task_dir):
-        directory = directory.with_name("-".join(str(value) for value in (*astuple(task)[1:], "seed", seed)))
+        directory /= "-".join(str(value) for value in astuple(task)[1:])
     data, model = directory / "data", directory / "warm_start"
-    to_train_on, test = arithmetic.splits(task.train_problems, task.test_problems, task.terms, seed)
+    to_train_on, test = arithmetic.splits(task.train_problems, task.test_problems, task.terms, task.warm_start_seed)
     data.mkdir(parents=True, exist_ok=True)
     test.to_json(data / "test.jsonl")
     to_train_on.to_json(data / "train.jsonl")
@@ -76,7 +79,7 @@ def prepare_task(task: TaskArguments, seed: int) -> tuple[Path, Path]:
             terms=task.terms,
             error_rate=task.error_rate,
             forgotten_carry=task.forgotten_carry,
-            seed=seed,
+            seed=task.warm_start_seed,
             exclude=set(test["prompt"]),
             steps=task.warm_start_steps,
             hidden=64,
@@ -243,7 +246,7 @@ def main() -> None:
     second_dir = output_dir.with_name(f"{output_dir.name}-without")
     keep_earlier_run(output_dir)
     keep_earlier_run(second_dir)
-    data, warm_start = prepare_task(task, config.seed)
+    data, warm_start = prepare_task(task)
     script.dataset_name, model.model_name_or_path = str(data), str(warm_start)
     start = ["--dataset_name", str(data), "--model_name_or_path", str(warm_start)]
     second_arguments = without_trust_region([*arguments, *start], second_dir)

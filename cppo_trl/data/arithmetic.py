@@ -8,7 +8,7 @@ from pathlib import Path
 
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 ALPHABET = "0123456789+=;\\{}bdeox"
@@ -154,6 +154,7 @@ def warm_start(
         save_strategy="no",
         report_to=[],
     )
+    set_seed(seed)
     trainer = SFTTrainer(
         model=model(characters, hidden),
         args=config,

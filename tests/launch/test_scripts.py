@@ -228,6 +228,7 @@ def test_quickstart_end_to_end_keeps_an_earlier_run(tmp_path):
     # the same seed gives the same numbers
     second = launch(*command)
     assert second.returncode == 0, second.stderr[-3000:]
+    assert f"Warm start: found in {tmp_path / 'task'}" in second.stdout
     again = json.loads((out / "results.json").read_text())
     del results["train_seconds"], again["train_seconds"]
     assert again == results
