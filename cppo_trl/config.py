@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
+from torch import Tensor
 from trl import GRPOConfig
 
 from cppo_trl.divergence import ESTIMATORS
 from cppo_trl.rules import RULES, Rule, find_rule
-from cppo_trl.trust_region import Bound
+from cppo_trl.trust_region import Bound, Verdict
 
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cppo_delta": (lambda x: x is not None and x > 0, "> 0 (.inf switches the rule off)"),
@@ -26,6 +27,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "cppo_ratio_cap": (lambda x: x is None or x >= 1, ">= 1, or null for no cap"),
 }
 """What a field of the rule must hold, and the same in words."""
+
+_AT_MOST_ONE = (lambda x: x <= 1 or x == math.inf, "at most 1, the largest total variation (.inf switches it off)")
+TV_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {"cppo_delta": _AT_MOST_ONE, "cppo_delta_b": _AT_MOST_ONE}
+"""The same where D_t is a total variation, besides `RANGES`."""
 
 _SAMPLING_KEYS = frozenset(
     (
@@ -147,10 +152,13 @@ class TrustRegionConfig:
                 self.trust_region_parameters = json.loads(self.trust_region_parameters)
         given: Any = self.trust_region_parameters
         _require(given is None or isinstance(given, dict), "trust_region_parameters", given, "a JSON object, or null")
-        for kind in ("", "_kwargs"):  # transformers 5.23 renames what TRL still sets, and warns of the old name
+        self._check_rule()
+
+    def _rename_checkpointing(self) -> None:
+        """Set by its new name what TRL sets by the one that transformers 5.23 warns of."""
+        for kind in ("", "_kwargs"):
             if getattr(self, f"activation_checkpointing{kind}", "") is None:
                 setattr(self, f"activation_checkpointing{kind}", getattr(self, f"gradient_checkpointing{kind}"))
-        self._check_rule()
 
     @cached_property
     def rule(self) -> Rule:
@@ -181,6 +189,25 @@ class TrustRegionConfig:
         """Whether the estimator needs log-probs of more than the sampled token."""
         return str(self.cppo_divergence).startswith("topk")
 
+    def judge(
+        self,
+        divergence: Tensor,
+        advantages: Tensor,
+        log_ratio: Tensor,
+        mask: Tensor,
+        response_ids: Tensor | None = None,
+    ) -> Verdict:
+        """The verdict of the rule with these fields' parameters. Arguments as in `cppo_trl.rules.Rule.judge`."""
+        return self.rule.judge(
+            divergence,
+            advantages,
+            log_ratio,
+            mask,
+            response_ids=response_ids,
+            ratio_cap=self.cppo_ratio_cap,
+            **self.rule_parameters,
+        )
+
     def _rule_in_words(self) -> list[str]:
         words = [self.trust_region]
         if self.rule.estimators:
@@ -203,15 +230,13 @@ class TrustRegionConfig:
         for name, value in self.rule.defaults(self.cppo_divergence).items():
             if getattr(self, f"cppo_{name}") is None:
                 setattr(self, f"cppo_{name}", value)
-        for name, (holds, expected) in RANGES.items():
+        ranges = [*RANGES.items(), *(TV_RANGES.items() if self.cppo_divergence.endswith("tv") else ())]
+        for name, (holds, expected) in ranges:
             if name in self._fields_read:
                 value = getattr(self, name)
                 source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
                 _require(value is not None or holds(None), name, None, source)
                 _require(holds(value), name, value, expected)
-                if name in ("cppo_delta", "cppo_delta_b") and self.cppo_divergence.endswith("tv"):
-                    at_most = "at most 1, the largest total variation (.inf switches it off)"
-                    _require(value <= 1 or value == math.inf, name, value, at_most)
 
     @property
     def _fields_read(self) -> set[str]:
@@ -306,6 +331,7 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
             _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
         every = self.log_tokens_steps
         _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
+        self._rename_checkpointing()
         super().__post_init__()  # also parses JSON strings into dicts
         self._check_host_options()
         self._warn_doubtful()

@@ -22,12 +22,11 @@ from typing import Any
 from torch import Tensor
 from trl import GRPOTrainer
 
-from cppo_trl.config import CPPOConfig, in_columns
-from cppo_trl.metrics import position_profile, summarize
+from cppo_trl.config import CPPOConfig
+from cppo_trl.metrics import summarize
 from cppo_trl.output.callbacks import WriteRun, shorten_console
 from cppo_trl.output.checkpoints import ExactResume
-from cppo_trl.output.nonfinite import stop_or_warn
-from cppo_trl.output.run_files import append_profile, append_tokens
+from cppo_trl.output.run_files import append_tokens
 from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
@@ -126,11 +125,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         self.add_callback(ExactResume)
         shorten_console(self.callback_handler.callbacks)
         if main:
-            print(
-                in_columns(
-                    f"{self._name} schedule", {"processes": str(self.accelerator.num_processes), **args.schedule()}
-                )
-            )
+            self._print_schedule()
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rollout = rollout = Rollout(self.args, self.state.global_step, self.accelerator.process_index)
@@ -174,8 +169,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         finally:
             self._loss = None
         self._update.add(loss.record(value, self.state.global_step))
-        for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
-            del self._metrics[mode][name]  # TRL's clip is off
+        self._drop_clip_metrics(mode)
         if mode == "eval" or self.accelerator.sync_gradients:
             self._end_update(mode, loss)
         return value
@@ -187,13 +181,8 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         scalars = summarize(total, self.args.theorem_bound)
         if self._engine_check is not None:
             self._engine_check(self.state.global_step, scalars)
-        for name, scalar in scalars.items():
-            self._metrics[mode][name].append(scalar)
-        if mode == "train" and self.is_world_process_zero():
-            directory, update = Path(self.args.output_dir), self.state.global_step + 1
-            append_profile(directory, update, position_profile(total))
-            if self.args.log_tokens_steps and update % self.args.log_tokens_steps == 0:
-                records = token_records(token_table(last.batch, *last.judged), self._tokenizer.batch_decode)
-                append_tokens(directory, update, records)
-        if "cppo/nonfinite_losses" in scalars:
-            stop_or_warn(mode, self.args.output_dir, self.state.global_step + 1)
+        update, every = self.state.global_step + 1, self.args.log_tokens_steps
+        if mode == "train" and self.is_world_process_zero() and every and update % every == 0:
+            records = token_records(token_table(last.batch, *last.judged), self._tokenizer.batch_decode)
+            append_tokens(Path(self.args.output_dir), update, records)
+        self._log_update(mode, scalars, total)

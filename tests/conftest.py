@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
@@ -32,21 +33,29 @@ SMALL_RUN = {  # fields of every trainer made on the spot
 
 def tiny_model(seed=0, **overrides):
     torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=overrides.pop("vocab_size", VOCABULARY),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        initializer_range=0.4,  # peaked enough that updates move the policy
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-        **overrides,
-    )
-    return Qwen3ForCausalLM(config)
+    shape = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "initializer_range": 0.4,  # peaked enough that updates move the policy
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**{**shape, **overrides}))
+
+
+def character_tokenizer(alphabet, unknown="<pad>", **special):
+    """A token for each character, after those that are longer; ``<pad>`` and ``<eos>`` are in the alphabet."""
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token=unknown))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>", **special)
 
 
 def digit_reward(completions, **kwargs):
@@ -77,9 +86,9 @@ def task(tmp_path):
 
 
 def small_run(task):
-    """Command-line fields of four small updates on the task, in its directory ``out``."""
+    """Command-line fields of four small updates on one rollout of the task, in its directory ``out``."""
     fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
-    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "max_completion_length": 8}
+    fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 4, "max_completion_length": 8}
     return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
 
 

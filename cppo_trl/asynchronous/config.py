@@ -23,6 +23,7 @@ class AsyncCPPOConfig(TrustRegionConfig, AsyncGRPOConfig):
                 f"cppo_divergence={self.cppo_divergence!r}: TRL's rollout worker asks for the sampled token's "
                 "log-prob alone. Set cppo_divergence to binary_tv or binary_kl."
             )
+        self._rename_checkpointing()
         super().__post_init__()
         self._refuse_contradictions()
 

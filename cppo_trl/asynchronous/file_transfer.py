@@ -13,6 +13,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 
+def load_on_server(server_url: str, weights: dict[str, Tensor], path: Path, timeout: float) -> None:
+    """Write weights to a file and have the server's `LoadFromFile` read them.
+
+    Args:
+        server_url: of the server.
+        weights: by the model's names.
+        path: file that the server can read.
+        timeout: of the request, in seconds.
+
+    Raises:
+        requests.HTTPError: if the server refuses.
+    """
+    save_file(weights, path)
+    call = {"method": "load_from_file", "args": [str(path.absolute())]}
+    requests.post(f"{server_url}/collective_rpc", json=call, timeout=timeout).raise_for_status()
+
+
 class FileTransfer:
     """A ``weight_transfer`` for `AsyncCPPOTrainer`. Each sync writes the whole model.
 
@@ -37,10 +54,8 @@ class FileTransfer:
 
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
         """Write the weights and have the server read them."""
-        save_file({name: weight.cpu().clone().contiguous() for name, weight in iterator}, self._path)
-        call = {"method": "load_from_file", "args": [str(self._path.absolute())]}
-        reply = requests.post(f"{self._client.server_url}/collective_rpc", json=call, timeout=self._timeout)
-        reply.raise_for_status()
+        weights = {name: weight.cpu().clone().contiguous() for name, weight in iterator}
+        load_on_server(self._client.server_url, weights, self._path, self._timeout)
 
     def resume(self) -> None:
         """Go on with the server's requests."""

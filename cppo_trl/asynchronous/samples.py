@@ -95,7 +95,7 @@ def by_staleness(
     Args:
         staleness: ``(B,)`` int64.
         bins: the last one takes all that is older.
-        divergence: ``(B, T)`` D_t.
+        divergence: ``(B, T)`` D_t; this and the others are 0 behind a sample's tokens, as `Rows.pad` leaves them.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the samples' tokens.
         active: ``(B, T)`` fp32, 1 on the tokens with an advantage.
@@ -104,9 +104,7 @@ def by_staleness(
     Returns:
         ``(bins, 5)`` fp32: tokens, D_t, |log ρ_t|, active and masked tokens.
     """
-    valid = mask.bool()
-    rows = (valid, divergence.where(valid, 0.0), log_ratio.abs().where(valid, 0.0), active, masked)
-    sums = torch.stack([row.float().sum(-1) for row in rows], -1)
+    sums = torch.stack([row.sum(-1) for row in (mask, divergence, log_ratio.abs(), active, masked)], -1)
     return sums.new_zeros(bins, 5).index_add_(0, staleness.clamp(0, bins - 1), sums)
 
 

@@ -10,7 +10,6 @@ wrapped, none is copied:
 
 import math
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import requests
@@ -22,12 +21,9 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 from cppo_trl.asynchronous.config import AsyncCPPOConfig
 from cppo_trl.asynchronous.loss import TOLERANCE, PackedLoss
 from cppo_trl.asynchronous.samples import StampedCollator, StampedQueue, staleness_scalars
-from cppo_trl.config import in_columns
-from cppo_trl.metrics import position_profile, summarize
+from cppo_trl.metrics import summarize
 from cppo_trl.output.callbacks import WriteRun
 from cppo_trl.output.checkpoints import RunError
-from cppo_trl.output.nonfinite import stop_or_warn
-from cppo_trl.output.run_files import append_profile
 from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
 from cppo_trl.seam.state import UpdateLedger
@@ -86,8 +82,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             lambda version: self.model_version - version > args.max_staleness,
             self._metrics["train"],
         )
-        processes = {"processes": str(self.accelerator.num_processes)}
-        print(in_columns(f"{self._name} schedule", {**processes, **args.schedule()}))
+        self._print_schedule()
 
     def get_train_dataloader(self) -> DataLoader:
         """TRL's, whose batches also hold ``sampled_at``."""
@@ -107,8 +102,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
         aux = self.router_aux_loss_coef / accumulation if self.aux_loss_enabled else 0.0
         loss, off = packed.finish(loss, tokens, aux)
         self._update.add(packed.record(loss, off, self._staleness_bins))
-        for name in [name for name in self._metrics["train"] if name.startswith("clip_ratio/")]:
-            del self._metrics["train"][name]  # TRL's clip is off
+        self._drop_clip_metrics("train")
         if self.accelerator.sync_gradients:
             self._end_update()
         return loss
@@ -125,12 +119,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             )
         scalars = summarize(record, self.args.theorem_bound) | staleness_scalars(table)
         self._engine_check(self.state.global_step, scalars)
-        for name, scalar in scalars.items():
-            self._metrics["train"][name].append(scalar)
-        if self.is_world_process_zero():
-            append_profile(Path(self.args.output_dir), self.state.global_step + 1, position_profile(record))
-        if "cppo/nonfinite_losses" in scalars:
-            stop_or_warn("train", self.args.output_dir, self.state.global_step + 1)
+        self._log_update("train", scalars, record)
 
     def _sync_weight(self) -> None:
         if not self._updates_at and self._lora_sync and self.accelerator.is_main_process:

@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 
 from cppo_trl.launch import recipes
@@ -87,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with one_line_errors(if_interrupted):
             run(rest)
     else:
-        hint = "".join(f" Did you mean {match}?" for match in get_close_matches(name, COMMANDS, 1))
+        hint = recipes.nearest([name], COMMANDS)
         sys.exit(f"cppo-trl: there is no command {name!r}.{hint or ' `cppo-trl --help` lists them.'}")
 
 

@@ -5,7 +5,6 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from difflib import get_close_matches
 from typing import Any, NoReturn
 
 import yaml
@@ -65,11 +64,9 @@ def parse(types: Sequence[type[Any]], arguments: Sequence[str] | None = None, pr
         raise unknown_fields(unknown, known) from error
 
 
-def unknown_fields(unknown: Iterable[str], known: Iterable[str]) -> ValueError:
+def unknown_fields(unknown: Sequence[str], known: Iterable[str]) -> ValueError:
     """The error for fields that nothing takes, with the nearest ones that exist."""
-    close = [match for name in unknown for match in get_close_matches(name, list(known), 1)]
-    hint = f" Did you mean {', '.join(close)}?" if close else ""
-    return ValueError(f"Unknown field: {', '.join(unknown)}.{hint}")
+    return ValueError(f"Unknown field: {', '.join(unknown)}.{recipes.nearest(unknown, known)}")
 
 
 def answer_help(

@@ -1,7 +1,7 @@
 """The recipes and Accelerate files that travel with the package, by name."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,13 @@ def layouts() -> dict[str, Path]:
     return {path.stem: path for path in sorted([*ROOT.glob("accelerate/*.yaml"), *ROOT.glob("slurm/*.sbatch")])}
 
 
+def nearest(names: Iterable[str], known: Iterable[str]) -> str:
+    """The question what was meant by names that are unknown, with a space before it; empty where nothing is near."""
+    known = list(known)
+    close = [match for name in names for match in get_close_matches(name, known, 1)]
+    return f" Did you mean {', '.join(close)}?" if close else ""
+
+
 def find(name: str, known: dict[str, Path], flag: str) -> str:
     """The path of a file, or of what a name stands for.
 
@@ -36,9 +43,9 @@ def find(name: str, known: dict[str, Path], flag: str) -> str:
     if Path(name).is_file():
         return name
     if name not in known:
-        hint = "".join(f" Did you mean {match}?" for match in get_close_matches(name, known, 1))
         raise ValueError(
-            f"{flag}: cannot read {name} (No such file, and no recipe's name).{hint} `cppo-trl recipes` lists them."
+            f"{flag}: cannot read {name} (No such file, and no recipe's name).{nearest([name], known)} "
+            "`cppo-trl recipes` lists them."
         )
     return str(known[name])
 

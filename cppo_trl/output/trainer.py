@@ -1,20 +1,51 @@
 """What every trainer of the package writes, and how."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cppo_trl.config import in_columns
+from cppo_trl.metrics import position_profile
 from cppo_trl.output.checkpoints import saving
 from cppo_trl.output.model_card import complete_card
-from cppo_trl.output.nonfinite import require_finite
+from cppo_trl.output.nonfinite import require_finite, stop_or_warn
+from cppo_trl.output.run_files import append_profile
 
 
 class GuardedOutput:
-    """Mixed into a trainer before TRL's: saves only finite weights, whole checkpoints, and a complete model card."""
+    """Mixed into a trainer before TRL's: logs an update; saves finite weights, whole checkpoints and a whole card."""
 
+    _metrics: Any
+    _name: str
     accelerator: Any
     args: Any
     model: Any
     state: Any
+
+    def _print_schedule(self) -> None:
+        processes = {"processes": str(self.accelerator.num_processes)}
+        print(in_columns(f"{self._name} schedule", {**processes, **self.args.schedule()}))
+
+    def _drop_clip_metrics(self, mode: str) -> None:
+        """Leave out what TRL logs of its clip, which is off."""
+        for name in [name for name in self._metrics[mode] if name.startswith("clip_ratio/")]:
+            del self._metrics[mode][name]
+
+    def _log_update(self, mode: str, scalars: Mapping[str, float], record: list[float]) -> None:
+        """Log an update, or an evaluation batch, and stop or warn where its loss is not finite.
+
+        Args:
+            mode: ``"train"`` or ``"eval"``.
+            scalars: by name.
+            record: as from `cppo_trl.metrics.total_over_processes`.
+        """
+        update = self.state.global_step + 1
+        for name, scalar in scalars.items():
+            self._metrics[mode][name].append(scalar)
+        if mode == "train" and self.accelerator.is_main_process:
+            append_profile(Path(self.args.output_dir), update, position_profile(record))
+        if "cppo/nonfinite_losses" in scalars:
+            stop_or_warn(mode, self.args.output_dir, update)
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
