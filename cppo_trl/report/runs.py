@@ -81,15 +81,17 @@ def _read_run(directory: Path, name: str) -> Run:
         raise ValueError(
             f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run that has made an update."
         )
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state else []
-    path = directory / RUN
-    about = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    history = _read_json(state)["log_history"] if state else []
+    about = _read_json(directory / RUN)
     words = {field: about.get(field, "") for field in ("model", "dataset", "date", "command")}
     tables = {field: about.get(field, {}) for field in ("schedule", "config", "versions")}
-    path = directory / _RESULTS
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    tokens = read_lines(directory / TOKENS)
+    results, tokens = _read_json(directory / _RESULTS), read_lines(directory / TOKENS)
     return Run(name, **words, **tables, history=history, profiles=profiles, tokens=tokens, results=results)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _step(state: Path) -> int:
