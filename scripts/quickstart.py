@@ -38,8 +38,7 @@ from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.hub import push
 from cppo_trl.output.run_files import command_line, versions
 from cppo_trl.rewards import accuracy_reward
-
-Log = dict[str, float]
+from outcome import Log, markdown, masked, rewards, rollouts_of
 
 
 @dataclass
@@ -188,16 +187,6 @@ class SecondRun(TrainerCallback):
             bar.close()
 
 
-def mean(logs: Sequence[Log], name: str) -> float:
-    """Mean of a logged scalar; where it is missing nothing had an advantage, and it counts as 0."""
-    return sum(log.get(name, 0.0) for log in logs) / len(logs)
-
-
-def rewards(logs: Sequence[Log]) -> dict[str, float]:
-    """Training reward of the first and the last rollouts."""
-    return {"reward_first_10": mean(logs[:10], "reward"), "reward_last_10": mean(logs[-10:], "reward")}
-
-
 def draw(path: Path, logs: Sequence[Log], other: Sequence[Log], before: Accuracy) -> None:
     """Draw the training reward of both runs."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
@@ -214,9 +203,7 @@ def draw(path: Path, logs: Sequence[Log], other: Sequence[Log], before: Accuracy
 def table(before: Accuracy, after: Accuracy, without: Accuracy, results: Mapping[str, Any]) -> str:
     """The result in markdown."""
     accuracies = (before, after, without)
-    rows = {
-        "": ("warm start", "CPPO", "no trust region"),
-        "---": ("---",) * 3,
+    rows: dict[str, Sequence[str]] = {
         "greedy accuracy": [f"{a.greedy:.3f}" for a in accuracies],
         "avg@16 (± standard error)": [f"{a.avg_at_k:.3f} ± {a.avg_at_k_stderr or 0:.3f}" for a in accuracies],
         "training reward, first and last 10 rollouts": [
@@ -225,13 +212,7 @@ def table(before: Accuracy, after: Accuracy, without: Accuracy, results: Mapping
         ],
         "tokens masked": ("", f"{100 * results['masked']:.2f} %", "none"),
     }
-    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
-
-
-def rollouts_of(output_dir: Path) -> list[Log]:
-    """The log of a finished run, an entry for each rollout."""
-    history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    return [row for row in history if "reward" in row]
+    return markdown(("warm start", "CPPO", "no trust region"), rows)
 
 
 def main() -> None:
@@ -270,7 +251,7 @@ def main() -> None:
         "train_seconds": next(r["train_runtime"] for r in trainer.state.log_history if "train_runtime" in r),
         "rollouts": len(logs),
         "seed": config.seed,
-        **{name: mean(logs, f"cppo/{name}") for name in ("masked", "masked_by_threshold", "masked_by_budget")},
+        **masked(logs),
         "without": {"after": without.as_dict(), **rewards(other)},
         "command": command_line(sys.argv),
         "threads": torch.get_num_threads(),

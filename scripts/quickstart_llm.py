@@ -37,6 +37,7 @@ from cppo_trl.output.run_files import PROFILES, command_line, read_lines, versio
 from cppo_trl.report.command import main as write_report
 from cppo_trl.rules import import_object
 from cppo_trl.trust_region import moves_away
+from outcome import markdown, masked, rewards, rollouts_of
 from word_problems import word_problems
 
 BASE = "base.txt"
@@ -217,8 +218,7 @@ class BothEstimators(CPPOTrainer):
         if not self.model.training or loss is None or loss.batch["sampled_at"] == self.state.global_step:
             return weight  # unmoved weights: no divergence at all
         binary = binary_tv(per_token_logps, loss.batch["old_per_token_logps"])
-        rule, parameters = self.args.rule, self.args.rule_parameters
-        other = rule.judge(binary, advantages, loss.log_ratio, loss.mask, ratio_cap=None, **parameters).weight
+        other = self.args.judge(binary, advantages, loss.log_ratio, loss.mask).weight
         active = loss.mask.bool() & (advantages != 0)
         topk_masks, binary_masks = active & (weight == 0), active & (other == 0)
         measured = {
@@ -306,14 +306,12 @@ def draw(path: Path, positions: Mapping[str, Sequence[float]], updates: int) -> 
 def table(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     """Both accuracies in markdown."""
     rows = {
-        "": ("warm start", "CPPO"),
-        "---": ("---", "---"),
         "greedy": [f"{a['greedy']:.3f}" for a in (before, after)],
         "avg@4 (± standard error)": [f"{a['avg_at_4']:.3f} ± {a['avg_at_4_stderr']:.3f}" for a in (before, after)],
     }
     if "gsm8k" in before:
         rows["GSM8K, greedy"] = [f"{a['gsm8k']:.3f}" for a in (before, after)]
-    return "\n".join(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())
+    return markdown(("warm start", "CPPO"), rows)
 
 
 def finished(config: CPPOConfig) -> bool:
@@ -340,23 +338,18 @@ def main() -> None:
     after = evaluate_model(task, config, output_dir, data, output_dir / "evaluation")
     counts = compare_estimators(script, config, model, task.comparison_rollouts)
 
-    history = json.loads((output_dir / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
-    rollouts = [row for row in history if "reward" in row]
+    rollouts = rollouts_of(output_dir)
     updates = round(config.updates_per_rollout)
     positions = by_position(output_dir, updates)
-
-    def mean(name: str, rows: Sequence[Mapping[str, float]]) -> float:
-        return sum(row.get(name, 0.0) for row in rows) / len(rows)
 
     results = {
         "before": before,
         "after": after,
-        "reward_first_10": mean("reward", rollouts[:10]),
-        "reward_last_10": mean("reward", rollouts[-10:]),
+        **rewards(rollouts),
         "train_seconds": sum(row["step_time"] for row in rollouts) * updates,
         "rollouts": len(rollouts),
         "seed": config.seed,
-        **{name: mean(f"cppo/{name}", rollouts) for name in ("masked", "masked_by_threshold", "masked_by_budget")},
+        **masked(rollouts),
         "by_position": positions,
         "both_estimators": counts,
         "base_model": (start / BASE).read_text(encoding="utf-8"),

@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from scipy import stats
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from cppo_trl.output.run_files import whole_lines
 from cppo_trl.rules import RULES
 
 TOKENS, LENGTHS = 3, (4, 6, 8, 10)
@@ -225,25 +226,33 @@ def unit(policy: Policy, optimizer: Any, rewards: Tensor, seed: int) -> dict[str
 
 
 Rows = Sequence[Mapping[str, Any]]
+Correlations = Mapping[int, Mapping[str, float]]
+"""`predictors` by length."""
+Differences = Mapping[tuple[int, float], Mapping[str, tuple[float, float, int]]]
+"""`at_equal_drift` by length and total variation."""
+SUMMARIES: dict[str, Callable[[Exact, int], float]] = {
+    "Σ (T-t) u_t": lambda e, length: sum((length - t) * u for t, u in enumerate(e.drift, 1)),
+    "Σ u_t": lambda e, length: sum(e.drift),
+    "max D_t": lambda e, length: e.largest,
+}
+"""Of the drift, that may predict |Δ|: functions of what was measured and of the length."""
+COMPARED = ("cppo", "budget", "weight", "grpo")
+"""The rules that are compared with DPPO."""
+
+
+def measured(rows: Rows, **wanted: float) -> list[Exact]:
+    """What was measured of every arm, in the units with these values."""
+    return [Exact(*e) for row in rows if wanted.items() <= row.items() for e in row["arms"].values()]
 
 
 def predictors(rows: Rows, length: int) -> dict[str, float]:
     """Spearman's correlation with |Δ| of three summaries of the drift, over units and arms; mean over maturities."""
-    correlations: dict[str, list[float]] = {"Σ (T-t) u_t": [], "Σ u_t": [], "max D_t": []}
+    correlations: dict[str, list[float]] = {name: [] for name in SUMMARIES}
     for maturity in MATURITIES:
-        found = [
-            Exact(*e)
-            for row in rows
-            if row["length"] == length and row["maturity"] == maturity
-            for e in row["arms"].values()
-        ]
-        error = [e.error for e in found]
-        for name, of in (
-            ("Σ (T-t) u_t", lambda e: sum((length - t) * u for t, u in enumerate(e.drift, 1))),
-            ("Σ u_t", lambda e: sum(e.drift)),
-            ("max D_t", lambda e: e.largest),
-        ):
-            correlations[name].append(float(stats.spearmanr([of(e) for e in found], error)[0]))
+        found = measured(rows, length=length, maturity=maturity)
+        for name, summary in SUMMARIES.items():
+            values = [summary(e, length) for e in found]
+            correlations[name].append(float(stats.spearmanr(values, [e.error for e in found])[0]))
     return {name: float(np.mean(values)) for name, values in correlations.items()}
 
 
@@ -253,13 +262,12 @@ def at_equal_drift(rows: Rows, length: int, tv: float) -> dict[str, tuple[float,
     Returns:
         Mean, half of the 95 % interval by trajectory, and the units whose ladders both reach ``tv``.
     """
-    differences: dict[str, dict[int, list[float]]] = {rule: {} for rule in ("cppo", "budget", "weight", "grpo")}
+    differences: dict[str, dict[int, list[float]]] = {rule: {} for rule in COMPARED}
     for row in (row for row in rows if row["length"] == length):
         curves = {}
         for rule in (*differences, "dppo"):
-            points = sorted(
-                (Exact(*e).tv, Exact(*e).improvement) for arm, e in row["arms"].items() if arm.startswith(rule)
-            )
+            ladder = [Exact(*e) for arm, e in row["arms"].items() if arm.startswith(rule)]
+            points = sorted((e.tv, e.improvement) for e in ladder)
             if points and points[0][0] <= tv <= points[-1][0]:
                 curves[rule] = float(np.interp(tv, [x for x, _ in points], [y for _, y in points]))
         for rule, by_seed in differences.items():
@@ -276,26 +284,25 @@ def at_equal_drift(rows: Rows, length: int, tv: float) -> dict[str, tuple[float,
 
 def looseness(rows: Rows, length: int) -> tuple[float, float]:
     """Median of the bounds (4) and (6), each with the smallest constants for which (5) holds, over |Δ|."""
-    found = [Exact(*e) for row in rows if row["length"] == length for e in row["arms"].values()]
-    found = [e for e in found if e.error > 1e-6]
+    found = [e for e in measured(rows, length=length) if e.error > 1e-6]
     return float(np.median([e.bound / e.error for e in found])), float(np.median([e.theorem / e.error for e in found]))
 
 
-def draw(rows: Rows, path: Path, drifts: Sequence[float]) -> None:
-    """Left: what predicts |Δ|. Right: improvement minus DPPO's at equal drift, the middle one."""
+def draw(path: Path, correlations: Correlations, differences: Differences, tv: float) -> None:
+    """Left: what predicts |Δ|. Right: improvement minus DPPO's at one total variation."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for name in ("Σ (T-t) u_t", "Σ u_t", "max D_t"):
-        left.plot(LENGTHS, [predictors(rows, length)[name] for length in LENGTHS], marker="o", label=name)
+    for name in SUMMARIES:
+        left.plot(LENGTHS, [correlations[length][name] for length in LENGTHS], marker="o", label=name)
     left.set(xlabel="length T", ylabel="rank correlation with |Δ|", ylim=(0, 1), xticks=LENGTHS)
-    for place, rule in enumerate(("cppo", "budget", "weight", "grpo")):
-        points = [(length, at_equal_drift(rows, length, drifts[1]).get(rule)) for length in LENGTHS]
+    for place, rule in enumerate(COMPARED):
+        points = [(length, differences[length, tv].get(rule)) for length in LENGTHS]
         known = [(length + 0.15 * place, *point[:2]) for length, point in points if point]
         if known:
             x, y, half = zip(*known, strict=True)
             right.errorbar(x, y, half, marker="o", linestyle="", capsize=3, label=f"{rule} - dppo")
     right.axhline(0, color="grey", linewidth=1)
-    right.set(xlabel="length T", ylabel=f"difference in J at TV {drifts[1]:g}", xticks=LENGTHS)
+    right.set(xlabel="length T", ylabel=f"difference in J at TV {tv:g}", xticks=LENGTHS)
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -309,8 +316,7 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, required=True, help="PNG to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = options.output.read_text(encoding="utf-8").splitlines() if options.output.exists() else []
-    rows = [json.loads(line) for line in lines]
+    rows = list(whole_lines(options.output))
     done = {(row["length"], row["seed"], row["maturity"], row["rollout"]) for row in rows}
     total = len(LENGTHS) * TRAJECTORIES * len(MATURITIES) * ROLLOUTS
     with options.output.open("a", encoding="utf-8") as file, tqdm(total=total, unit="unit") as bar:
@@ -324,20 +330,20 @@ def main() -> None:
                     row = dict(zip(("length", "seed", "maturity", "rollout"), key, strict=True)) | {"arms": rounded}
                     rows.append(row)
                     print(json.dumps(row), file=file, flush=True)
-    drifts = (0.1, 0.2, 0.3)
+    correlations = {length: predictors(rows, length) for length in LENGTHS}
+    differences = {(length, tv): at_equal_drift(rows, length, tv) for length in LENGTHS for tv in (0.1, 0.2, 0.3)}
     print("T   rank correlation with |Δ|: Σ (T-t) u_t, Σ u_t, max D_t   bound (4) / |Δ|   bound (6) / |Δ|")
     for length in LENGTHS:
         print(
             length,
-            *(f"{value:.3f}" for value in predictors(rows, length).values()),
+            *(f"{value:.3f}" for value in correlations[length].values()),
             *(f"{x:.3g}" for x in looseness(rows, length)),
         )
     print("T   TV   rule   difference in J to DPPO ± 95 %   units")
-    for length in LENGTHS:
-        for tv in drifts:
-            for rule, (mean, half, units) in at_equal_drift(rows, length, tv).items():
-                print(length, tv, rule, f"{mean:+.4f} ± {half:.4f}", units)
-    draw(rows, options.figure, drifts)
+    for place, table in differences.items():
+        for rule, (mean, half, units) in table.items():
+            print(*place, rule, f"{mean:+.4f} ± {half:.4f}", units)
+    draw(options.figure, correlations, differences, tv=0.2)
 
 
 if __name__ == "__main__":

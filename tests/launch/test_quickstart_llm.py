@@ -6,11 +6,9 @@ import re
 
 import pytest
 import yaml
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from cppo_trl.launch.plan import dry_run
-from tests.conftest import ROOT, launch, tiny_model
+from tests.conftest import ROOT, character_tokenizer, launch, tiny_model
 from word_problems import STORIES, THINGS, word_problems
 
 RECIPE = ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"
@@ -52,14 +50,10 @@ def test_problems_are_distinct_and_held_out_ones_do_not_return():
 def base(tmp_path):
     """A tiny model that chats, one character a token."""
     characters = "\n !,.?'+-*/=\\{}<>0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    vocabulary = {token: at for at, token in enumerate(["<pad>", "<eos>", *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-    fast.chat_template = CHAT
-    tiny_model(vocab_size=len(vocabulary), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
-    fast.save_pretrained(tmp_path / "base")
+    tokenizer = character_tokenizer(["<pad>", "<eos>", *characters])
+    tokenizer.chat_template = CHAT
+    tiny_model(vocab_size=len(tokenizer), tie_word_embeddings=True).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 

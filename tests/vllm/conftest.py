@@ -4,6 +4,7 @@ vLLM must compute in fp32 as the trainer does, or the comparison would measure b
 for oneDNN when it loads them, after which no new weights can be loaded: that is switched off.
 """
 
+import contextlib
 import copy
 import os
 import signal
@@ -18,42 +19,26 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from cppo_trl import CPPOConfig
-from tests.conftest import SMALL_RUN, digit_reward, tiny_data
+from cppo_trl.asynchronous.file_transfer import load_on_server
+from tests.conftest import SMALL_RUN, character_tokenizer, digit_reward, tiny_data, tiny_model
 
 ALPHABET = ["<pad>", "<eos>", *string.digits, *"+=", *string.ascii_letters]  # 66: many tokens rank beyond 20
 
 
 def tokenizer():
-    vocabulary = {token: index for index, token in enumerate(ALPHABET)}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    characters.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=characters, pad_token="<pad>", eos_token="<eos>")
+    return character_tokenizer(ALPHABET)
 
 
 def save_model(directory, tied):
-    torch.manual_seed(0)
-    config = Qwen3Config(
+    tiny_model(
         vocab_size=len(ALPHABET),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
         head_dim=32,  # vLLM's CPU kernels take 32, 64, 80, ...
-        initializer_range=0.2 if tied else 0.4,  # peaked enough that updates move the policy
+        initializer_range=0.2 if tied else 0.4,
         max_position_embeddings=64,
         tie_word_embeddings=tied,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(directory)
+    ).save_pretrained(directory)
     tokenizer().save_pretrained(directory)
 
 
@@ -97,32 +82,61 @@ def colocate(tmp_path, monkeypatch):
         os.environ.pop(name, None)
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """The address of a vLLM server with the model of `save_model`; it starts in about a minute."""
-    directory = tmp_path_factory.mktemp("server")
-    save_model(directory / "model", tied=False)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--model", str(directory / "model"), "--dtype", "float32", "--enforce-eager", "--max-model-len", "64"]
-    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "20"]
-    command += ["--worker-extension-cls", "tests.vllm.server_worker.WeightsFromFile"]
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    log = directory / "log"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
-    try:
-        address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 400
-        while not answers(f"{address}/health"):
-            if process.poll() is not None or time.monotonic() > deadline:
+class Server:
+    """A vLLM server with the model in ``directory/model``, which can be killed and started again at one address.
+
+    It starts in about half a minute; weights reach it through a file.
+    """
+
+    def __init__(self, directory, options, **environment):
+        self.directory, self.process = directory, None
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{port}"
+        common = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --logprobs-mode processed_logprobs"
+        common += " --worker-extension-cls tests.vllm.server_worker.WeightsFromFile"
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory / "model"]
+        self.command = [*program, *common.split(), *options.split()]
+        root = str(Path(__file__).parents[2])
+        self.environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root, **environment}
+
+    def start(self):
+        log = self.directory / "log"
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=output, env=self.environment, start_new_session=True
+            )
+        deadline = time.monotonic() + 400
+        while not answers(f"{self.address}/health"):
+            if self.process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"vLLM's server did not start:\n{log.read_text()[-4000:]}")
             time.sleep(1)
-        yield address
+
+    def stop(self, how=signal.SIGTERM):
+        """End the server and its engine, which is a process of its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, how)
+        self.process.wait(60)
+
+
+@contextlib.contextmanager
+def running(server):
+    """The server from its start to its end."""
+    try:
+        server.start()
+        yield server
     finally:
-        os.killpg(process.pid, signal.SIGTERM)  # its engine is a process of its own
-        process.wait(60)
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The address of a vLLM server with the model of `save_model`."""
+    directory = tmp_path_factory.mktemp("server")
+    save_model(directory / "model", tied=False)
+    with running(Server(directory, "--max-model-len 64 --max-logprobs 20")) as started:
+        yield started.address
 
 
 def answers(address):
@@ -135,16 +149,12 @@ def answers(address):
 @pytest.fixture
 def with_server(tmp_path, monkeypatch, server):
     """Makes trainers that use the server, as `make_trainer`. Weights travel by file: TRL's way for them needs CUDA."""
-    import requests
-    from safetensors.torch import save_file
     from trl.generation.vllm_client import VLLMClient
 
     def update_named_params(client, metadata, named_params):
         weights = {name: param.detach().clone() for name, param in named_params}
         assert [name for name, *_ in metadata] == list(weights)
-        save_file(weights, tmp_path / "weights.safetensors")
-        call = {"method": "load_from_file", "args": [str(tmp_path / "weights.safetensors")]}
-        requests.post(f"{client.base_url}/collective_rpc", json=call, timeout=60).raise_for_status()
+        load_on_server(client.base_url, weights, tmp_path / "weights.safetensors", timeout=60)
 
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda client, device: None)
     monkeypatch.setattr(VLLMClient, "update_named_params", update_named_params)

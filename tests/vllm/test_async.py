@@ -1,21 +1,14 @@
 """The asynchronous trainer against a real vLLM server: which weights sampled each token, resume, a dead server."""
 
-import contextlib
-import os
 import signal
-import socket
 import string
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 pytest.importorskip("vllm")
 
@@ -25,7 +18,8 @@ from cppo_trl import AsyncCPPOConfig, AsyncCPPOTrainer
 from cppo_trl.asynchronous.file_transfer import FileTransfer
 from cppo_trl.output.checkpoints import RunError, last_checkpoint
 from tests.asynchronous.conftest import run_on_the_cpu
-from tests.vllm.conftest import answers
+from tests.conftest import character_tokenizer, tiny_model
+from tests.vllm.conftest import Server, running
 
 SPECIAL = ["<pad>", "<eos>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "\n", "<unk>"]
 ALPHABET = [*SPECIAL, *string.digits, *string.ascii_letters, *" +-=*.,:<>/|_"]
@@ -39,13 +33,9 @@ def _on_the_cpu(monkeypatch):
 
 def tokenizer():
     """Characters, with a chat template that TRL's worker knows."""
-    characters = Tokenizer(models.WordLevel({token: i for i, token in enumerate(ALPHABET)}, unk_token="<unk>"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    characters.decoder = decoders.Fuse()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "additional_special_tokens": SPECIAL[2:6]}
-    fast = PreTrainedTokenizerFast(tokenizer_object=characters, **special)
-    fast.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
-    return fast
+    characters = character_tokenizer(ALPHABET, "<unk>", additional_special_tokens=SPECIAL[2:6])
+    characters.chat_template = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
+    return characters
 
 
 def digits(completions, **kwargs):
@@ -54,64 +44,16 @@ def digits(completions, **kwargs):
     return [sum(letter.isdigit() for letter in text) / max(len(text), 1) for text in texts]
 
 
-class Server:
-    """A vLLM server that can be killed and started again at one address."""
-
-    def __init__(self, directory):
-        self.directory, self.process = directory, None
-        torch.manual_seed(0)
-        config = Qwen3Config(
-            vocab_size=len(ALPHABET),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            initializer_range=0.15,
-            max_position_embeddings=512,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(directory / "model")
-        tokenizer().save_pretrained(directory / "model")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def start(self):
-        options = f"--host 127.0.0.1 --port {self.port} --dtype float32 --enforce-eager --max-model-len 256"
-        options += " --logprobs-mode processed_logprobs --enable-lora --max-loras 6 --max-lora-rank 8"
-        options += " --no-enable-chunked-prefill --max-num-batched-tokens 8192"  # TRL seeds each request
-        options += " --worker-extension-cls tests.vllm.server_worker.WeightsFromFile"
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", self.directory / "model"]
-        environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
-        environment = {**os.environ, **environment, "PYTHONPATH": str(Path(__file__).parents[2])}
-        with (self.directory / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                [*command, *options.split()], stdout=log, stderr=log, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + 400
-        while not answers(f"{self.address}/health"):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"vLLM's server did not start:\n{(self.directory / 'log').read_text()[-4000:]}")
-            time.sleep(1)
-
-    def kill(self):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(60)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    server = Server(tmp_path_factory.mktemp("async-server"))
-    server.start()
-    yield server
-    server.kill()
+    directory = tmp_path_factory.mktemp("async-server")
+    shape = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "max_position_embeddings": 512}
+    tiny_model(vocab_size=len(ALPHABET), initializer_range=0.15, **shape).save_pretrained(directory / "model")
+    tokenizer().save_pretrained(directory / "model")
+    options = "--max-model-len 256 --enable-lora --max-loras 6 --max-lora-rank 8"
+    options += " --no-enable-chunked-prefill --max-num-batched-tokens 8192"  # TRL seeds each request
+    with running(Server(directory, options, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")) as started:
+        yield started
 
 
 class Recorder(AsyncCPPOTrainer):
@@ -195,7 +137,7 @@ class KillServer(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
-            self.server.kill()
+            self.server.stop(signal.SIGKILL)
 
 
 def test_a_dead_server_ends_the_run_and_the_same_command_goes_on(server, tmp_path):
