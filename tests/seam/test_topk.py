@@ -181,6 +181,21 @@ def test_likeliest_merges_tiles_of_the_vocabulary(monkeypatch):
     assert torch.equal(ids.long(), expected.indices)
 
 
+@pytest.mark.parametrize("side", ["ids", "k"])
+def test_logits_are_rounded_to_the_dtype_of_the_pass_as_those_of_trl_are(side):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 16), torch.randn(VOCABULARY, 16)
+    call = {"attention_mask": torch.ones(2, 2), "logits_to_keep": 2}
+    ids = torch.arange(VOCABULARY, dtype=torch.int32).expand(2, 2, -1).clone()
+    tap = policy_topk.HeadTap(call, **({"ids": ids} if side == "ids" else {"k": VOCABULARY}))
+    with torch.autocast("cpu", torch.bfloat16):
+        tap._read(hidden, torch.zeros(4), weight, None, torch.zeros(4), 1.0, 0, None, 1.0, None)  # log Z = 0
+    exact = (hidden.double() @ weight.double().t()).view(2, 2, -1).gather(-1, tap.ids.long())
+    rounding = (tap.logps - exact).abs() / exact.abs().clamp(min=1)
+    assert torch.equal(tap.logps, tap.logps.bfloat16().float())
+    assert 1e-3 < rounding.max() < 3e-2
+
+
 def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
     trainer = make_trainer(cppo_divergence="topk_tv", max_steps=1)
     trainer.train()
