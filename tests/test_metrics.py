@@ -207,6 +207,15 @@ def test_theorem_1_holds_at_its_limits():
     assert metrics["cppo/theorem/deduction"] == pytest.approx(0.75 + 1.0)
 
 
+def test_theorem_1_of_a_single_token():
+    one = torch.full((1, 1), 0.04)  # T = 1: no prefix, nothing to deduct
+    bound = partial(improvement_bound, delta=0.1, w_min=0.8)
+    metrics = scalars(record_of(one, torch.ones(1, 1), 0 * one, torch.ones(1, 1), delta=0.1), bound=bound)
+    assert metrics["cppo/theorem/responses"] == metrics["cppo/theorem/prefixes"] == 1.0
+    assert metrics["cppo/theorem/deduction"] == 0.0
+    assert metrics["cppo/theorem/range"] == 2.0
+
+
 def test_theorem_1_counts_with_the_largest_budget_response_and_advantage():
     # quantiles of D: .02 and .04 of two responses, the longer of which has 4 tokens; |A| up to 3
     divergence = torch.tensor([[0.02, 0.02, 0.0, 0.0], [0.04, 0.04, 0.04, 0.04]])
@@ -267,11 +276,13 @@ def test_prefix_averages_of_a_response_with_holes():
     assert profile["prefix_average"] == pytest.approx(expected)
 
 
-def test_position_profile_equals_a_loop_over_rows_with_holes():
-    divergence, advantages, log_ratio, mask = random_rows(60, 50, seed=14)
+@pytest.mark.parametrize("width", [50, 300])
+def test_position_profile_equals_a_loop_over_rows_with_holes(width):
+    divergence, advantages, log_ratio, mask = random_rows(60, width, seed=14)
     record = record_of(divergence, advantages, log_ratio, mask, "dppo", delta=0.02)
     profile = position_profile(total_over_processes(record, lambda x: x))
     expected = {name: [0.0] * 20 for name in ("tokens", "divergence", "active", "masked_by_threshold")}
+    positive = masked_positive = 0
     for b, valid in enumerate(mask.tolist()):
         own = [t for t, is_own in enumerate(valid) if is_own]
         for place, t in enumerate(own):
@@ -279,6 +290,8 @@ def test_position_profile_equals_a_loop_over_rows_with_holes():
             masked = d > 0.02 and a * log_ratio[b, t].item() > 0
             for name, value in zip(expected, (1.0, d, a != 0, masked), strict=True):
                 expected[name][place * 20 // len(own)] += value
+            positive, masked_positive = positive + (a > 0), masked_positive + (masked and a > 0)
     for name, values in expected.items():
         assert profile[name] == pytest.approx(values, rel=1e-4, abs=1e-6), name
     assert min(profile["masked_by_threshold"]) > 0
+    assert scalars(record)["cppo/masked_positive"] == pytest.approx(masked_positive / positive)
