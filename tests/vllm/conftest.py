@@ -83,12 +83,12 @@ def colocate(tmp_path, monkeypatch):
 
 
 class Server:
-    """A vLLM server with the model in ``directory/model``, which can be killed and started again at one address.
+    """A vLLM server with the model in ``directory/model``, or in ``model``, which can be killed and started again at one address.
 
     It starts in about half a minute; weights reach it through a file.
     """
 
-    def __init__(self, directory, options, **environment):
+    def __init__(self, directory, options, model="", **environment):
         self.directory, self.process = directory, None
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -96,7 +96,7 @@ class Server:
         self.address = f"http://127.0.0.1:{port}"
         common = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --logprobs-mode processed_logprobs"
         common += " --worker-extension-cls tests.vllm.server_worker.WeightsFromFile"
-        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", directory / "model"]
+        program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model or directory / "model"]
         self.command = [*program, *common.split(), *options.split()]
         root = str(Path(__file__).parents[2])
         self.environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": root, **environment}
@@ -147,8 +147,8 @@ def answers(address):
 
 
 @pytest.fixture
-def with_server(tmp_path, monkeypatch, server):
-    """Makes trainers that use the server, as `make_trainer`. Weights travel by file: TRL's way for them needs CUDA."""
+def weights_by_file(tmp_path, monkeypatch):
+    """Weights travel to a server by file: TRL's way for them needs CUDA."""
     from trl.generation.vllm_client import VLLMClient
 
     def update_named_params(client, metadata, named_params):
@@ -158,4 +158,9 @@ def with_server(tmp_path, monkeypatch, server):
 
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda client, device: None)
     monkeypatch.setattr(VLLMClient, "update_named_params", update_named_params)
+
+
+@pytest.fixture
+def with_server(tmp_path, weights_by_file, server):
+    """Makes trainers that use the server, as `make_trainer`."""
     return partial(make_trainer, tmp_path, vllm_mode="server", vllm_server_base_url=server)
