@@ -304,10 +304,8 @@ def test_masked_quantile_equals_torch_on_the_valid_tokens(quantile):
             assert result[b].isnan()
 
 
-def test_masked_quantile_takes_more_elements_than_torch_quantile():
-    values = torch.rand(1025, 16_384)
-    with pytest.raises(RuntimeError, match="too large"):
-        torch.quantile(values.flatten(), 0.9)
+def test_masked_quantile_takes_more_elements_than_torch_quantile_up_to_2_14():
+    values = torch.rand(1025, 16_384)  # more than 2^24 in all
     result = masked_quantile(values, torch.ones_like(values), 0.9)
     torch.testing.assert_close(result[7, 0], torch.quantile(values[7], 0.9))
 
