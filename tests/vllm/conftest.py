@@ -83,7 +83,7 @@ def colocate(tmp_path, monkeypatch):
 
 
 class Server:
-    """A vLLM server with the model in ``directory/model``, or in ``model``, which can be killed and started again at one address.
+    """A vLLM server with ``model``, by default ``directory/model``; it can be killed and started at the same address.
 
     It starts in about half a minute; weights reach it through a file.
     """
