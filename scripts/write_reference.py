@@ -59,8 +59,8 @@ takes the fields of a recipe: those of [`CPPOConfig`](configuration.md), of TRL'
 It also takes the flags of `accelerate launch`, as `trl grpo` does: `--num_processes 2`, or `--accelerate_config` with
 a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process for each GPU.
 
-Ctrl-C in a run of one process finishes the update and saves a checkpoint; a second one stops at once. Several processes
-stop at once. [Resume](troubleshooting.md#a-run-was-interrupted) with `--resume_from_checkpoint true`.
+Ctrl-C in a run of one process finishes the update and saves a checkpoint; a second one stops at once. Several
+processes stop at once. [Resume](troubleshooting.md#a-run-was-interrupted) with `--resume_from_checkpoint true`.
 
 The console shows a dozen metrics; `trainer_state.json` and trackers have [all](metrics.md).
 
