@@ -74,8 +74,7 @@ class TrustRegionConfig:
         trust_region: ``"cppo"``; ``"cppo_soft"``, its soft gate (appendix C); ``"dppo"``, one threshold for all
             positions and no budget; ``"trm_max"`` and ``"trm_avg"``, whole responses rejected by the maximum or the
             mean of D_t; ``"minpro"``, ``"cispo"`` and ``"grpo"`` (Clip-Higher), bounds on the sampled ratio; or
-            ``"none"``; or the dotted path of a rule of your own, as `cppo_trl.rules.Rule` describes it. A field below
-            that the rule does not read must stay at its default.
+            ``"none"``; or the dotted path of a rule of your own, as `cppo_trl.rules.Rule` describes it.
         trust_region_parameters: parameters of a rule of your own, by name.
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
             runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for

@@ -14,7 +14,7 @@ LINK = re.compile(r"\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 project, author = "cppo_trl", "the cppo_trl authors"
 version = release = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["results/*"]
+exclude_patterns = ["results/*", "upstream/*"]
 html_theme = "furo"
 html_title = f"cppo_trl {version}"
 html_copy_source = False

@@ -36,14 +36,14 @@ def main() -> None:
     left = DELTA + DELTA_B * (weight_sum - weights) - (spent - weights * divergence)  # δ + δ_b W_{t-1} - S_{t-1}
     threshold, limit = DELTA / weights, left.clamp(0, DELTA) / weights
     position = torch.arange(1, TOKENS + 1)
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for tokens, color, label in (
         (kept, BLUE, "kept"),
         (~kept & (divergence > threshold), ORANGE, "masked by the threshold"),
         (~kept & (divergence <= threshold), RED, "masked by the budget"),
     ):
-        top.vlines(position[tokens], 0, divergence[tokens], color=color, linewidth=2.5, label=label)
+        top.vlines(position[tokens], 0, divergence[tokens], color=color, linewidth=2, label=label)
     top.plot(position, threshold, color="black", linestyle=":", linewidth=1.2, label="CPPO's threshold $δ / w_t$")
     top.plot(position, limit, color="black", linewidth=1.5, label="CPPO's limit, with the budget")
     top.axhline(DELTA, color=GREY, linestyle="--", linewidth=1, label="DPPO's limit $δ$")

@@ -21,41 +21,35 @@ DOCS = Path(__file__).parent.parent / "docs"
 TEXT = """\
 # Configuration
 
-Written by `make reference` from the code. Fields are keys of a recipe's YAML and flags of the command line, which wins
-(`--cppo_delta 0.1`). In YAML, `null` is None and `.inf` infinity.
+Fields are keys of a recipe's YAML and flags of the command line, which wins (`--cppo_delta 0.1`). In YAML, `null` is
+None and `.inf` infinity.
 
 ## CPPOConfig
 
 `CPPOConfig` is [`trl.GRPOConfig`](https://huggingface.co/docs/trl/grpo_trainer#trl.GRPOConfig) with the fields and
-defaults below. A field `cppo_*` that the chosen rule does not read must keep its default;
-[troubleshooting.md](troubleshooting.md#refused-settings) lists what else is refused.
+defaults below. A field `cppo_*` that the chosen rule does not read must keep its default; some of TRL's fields are
+[refused](troubleshooting.md#refused-settings).
 {added}
 ### Defaults that differ from TRL's
 {changed}
 ### Defaults of each rule
 
-`null` in `cppo_delta`, `cppo_delta_b`, `cppo_ratio_min` and `cppo_ratio_max` takes the rule's own value, from its
-paper where that gives one. A rule that reads D_t takes every `cppo_divergence`; where the table has no `cppo_delta`
-for it, set one. All rules except `minpro` and `cispo` also read `cppo_ratio_cap`.
+`null` in `cppo_delta`, `cppo_delta_b`, `cppo_ratio_min` and `cppo_ratio_max` takes the rule's own value. A rule that
+reads D_t takes every `cppo_divergence`; where the table has no `cppo_delta` for it, set one. All rules except `minpro`
+and `cispo` also read `cppo_ratio_cap`.
 {rules}"""
 CLI = """\
 # Command line
 
-`cppo-trl`, or `python -m cppo_trl`, has six commands; `--help` lists the fields of each. The tables are written by
-`make reference` from the code.
+`cppo-trl`, or `python -m cppo_trl`, has six commands; `--help` lists the fields of each. `--config` takes a file or
+the name of a [recipe](recipes.md), and flags win over it. An unknown field or a setting that cannot work ends the
+command in one line before a model is loaded.
 
 ```bash
-cppo-trl recipes                                  # the recipes and Accelerate files that the package holds
-cppo-trl recipes qwen3-1.7b/one-gpu > mine.yaml   # a copy to change
-cppo-trl plan --config mine.yaml                  # what it resolves to, without loading a model
+cppo-trl recipes qwen3-1.7b/one-gpu > mine.yaml # a copy to change; without a name, the list
 cppo-trl train --config mine.yaml
 cppo-trl train --config qwen3-8b-base/paper-8k --accelerate_config fsdp2 --num_processes 8
-cppo-trl evaluate --model outputs/qwen3-8b-base-paper-8k
-cppo-trl report outputs/qwen3-8b-base-paper-8k
 ```
-
-`--config` takes a file or a recipe's name, and flags win over it. An unknown field or a setting that cannot work ends
-the command in one line before a model is loaded.
 
 ## cppo-trl train
 
@@ -63,23 +57,20 @@ takes the fields of a recipe: those of [`CPPOConfig`](configuration.md), of TRL'
 `DatasetMixtureConfig`, and these. `--help_all` lists them all.
 {train}
 It also takes the flags of `accelerate launch`, as `trl grpo` does: `--num_processes 2`, or `--accelerate_config` with
-a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process, or in one for each GPU
-where there are several. In a clone, `accelerate launch scripts/train.py --config ...` does the same.
+a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process for each GPU.
 
 Ctrl-C in a run of one process finishes the update and saves a checkpoint; a second one stops at once. Several
-processes stop at once, and their last checkpoint is the one that `save_steps` made. Either way, repeat the command
-with `--resume_from_checkpoint true`.
+processes stop at once. [Resume](troubleshooting.md#a-run-was-interrupted) with `--resume_from_checkpoint true`.
 
-The console shows a dozen metrics; `trainer_state.json` and trackers have all of them ([metrics.md](metrics.md)).
+The console shows a dozen metrics; `trainer_state.json` and trackers have [all](metrics.md).
 
 ## cppo-trl plan
 
-takes what `train` takes, and prints what that resolves to ([recipes.md](recipes.md#the-dry-run)). So does
-`train --dry_run`.
+takes what `train` takes, and prints what that [resolves to](recipes.md#the-dry-run), as `train --dry_run` does.
 {dry_run}
 ## cppo-trl evaluate
 
-The defaults are the paper's protocol ([evaluation.md](evaluation.md)).
+See [evaluation.md](evaluation.md).
 {evaluate}
 ## cppo-trl prepare-data
 
@@ -173,11 +164,11 @@ def rules_table() -> str:
         return ", ".join(code(f"cppo_{name}") for name in names)
 
     head = ("`trust_region`", "D_t by default", "own defaults", "own defaults with a KL", "also reads")
-    rows = [
-        (code(name), code("".join(rule.estimators[:1])), own(rule.tv_defaults), own(rule.kl_defaults), others(rule))
-        for name, rule in RULES.items()
-    ]
-    return table(head, rows)
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, rule in RULES.items():
+        cells = (code("".join(rule.estimators[:1])), own(rule.tv_defaults), own(rule.kl_defaults), others(rule))
+        names.setdefault(cells, []).append(code(name))
+    return table(head, [(", ".join(of), *cells) for cells, of in names.items()])
 
 
 def reference() -> dict[str, str]:

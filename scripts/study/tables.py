@@ -126,21 +126,21 @@ def write_tables(records: Sequence[Record], directory: Path, name: str) -> list[
     groups = grouped(records)
     page, accuracy, masks = (directory / f"{name}{end}" for end in (".md", "-accuracy.png", "-masks.png"))
     page.write_text(tables(groups))
-    _draw(groups, _draw_accuracy, accuracy, xlabel="rollout", ylabel="held-out avg@16, mean over seeds")
-    _draw(groups, _draw_masks, masks, xlabel="relative position", ylabel="share of tokens masked")
+    _draw(groups, _draw_accuracy, accuracy, "rollout", "Held-out avg@16, mean over seeds")
+    _draw(groups, _draw_masks, masks, "relative position", "Share of tokens masked")
     return [page, accuracy, masks]
 
 
-def _draw(groups: Groups, draw: Callable[..., None], path: Path, **labels: str) -> None:
+def _draw(groups: Groups, draw: Callable[..., None], path: Path, xlabel: str, title: str) -> None:
     """Draw one panel per setting, with the same color for a method in all of them."""
-    columns = min(len(groups), 3)
+    columns = min(len(groups), 2)
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(5 * columns + 2, 3.6 * rows), layout="constrained")
+    figure = Figure(figsize=(4.3 * columns, 3 * rows + 1), layout="constrained")  # the width of a page
     methods = dict.fromkeys(method for setting in groups.values() for method in setting)
     colors = dict(zip(methods, cycle([*mpl.color_sequences["tab10"], "black", "navy"]), strict=False))
     entries: dict[str, Any] = {}
     for i, (setting, runs_of) in enumerate(groups.items()):
-        axes = figure.add_subplot(rows, columns, i + 1, title=setting, **labels)
+        axes = figure.add_subplot(rows, columns, i + 1, title=setting, xlabel=xlabel)
         for method, runs in runs_of.items():
             draw(axes, method, runs, colors[method])
         if not axes.lines:
@@ -148,8 +148,9 @@ def _draw(groups: Groups, draw: Callable[..., None], path: Path, **labels: str) 
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         entries |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=110)
+    figure.suptitle(title)
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=100)
 
 
 def _draw_accuracy(axes: Any, method: str, runs: Sequence[Record], color: Any) -> None:

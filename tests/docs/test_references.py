@@ -56,7 +56,7 @@ def test_metrics_of_rewards_and_evaluation():
         Record("b", name, "1", ["1", "2"], [1, 1], [False, False], ["1", "2"], [0, 1], [1.0, 0.0]) for name in "ab"
     ]
     logged = {re.sub(r"pass@\d+", "pass@k", re.sub(r"(avg|maj)@\d+", r"\1@n", x)) for x in benchmark_metrics(records)}
-    assert set(first_column(section("metrics.md", "Evaluation"))) == logged
+    assert set(first_column(section("evaluation.md", "The numbers"))) == logged
 
 
 def messages(path):
