@@ -14,8 +14,8 @@ length    the rule and its record for one token, by response length
 topk      a Top-K step by K, and by the two ways to score the listed tokens
 accuracy  what two equal policies seem to differ by, by precision
 
-state, step, rollout, policy and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for each
---length.
+state, step, rollout, policy and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for
+each --length.
 """
 
 import argparse
