@@ -309,8 +309,8 @@ class EngineCheck:
             warnings.warn(
                 f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates: rounding that differs between vLLM "
                 f"and the trainer spends {divergence / self._limit:.0%} of cppo_{self._budget}={self._limit:g} before "
-                "any update. Set cast_lm_head_to_fp32=True (removes the head's part), run both in float32 (removes "
-                f"nearly all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, "
-                "vLLM's weights are stale. Shown once per run.",
+                "any update. Take Top-K with cppo_topk_source=policy (removes all of it), run both in float32 (nearly "
+                f"all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, vLLM's "
+                "weights are stale. Shown once per run.",
                 stacklevel=2,
             )
