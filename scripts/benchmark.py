@@ -53,6 +53,7 @@ K = 20
 SHAPES = {  # layers, size of the hidden states, heads, vocabulary
     "tiny": (2, 128, 2, 1000),
     "small": (4, 512, 4, 32_768),
+    "deep": (28, 512, 4, 32_768),  # a head of the same share as 1.7b's
     "0.6b": (28, 1024, 16, 151_936),
     "1.7b": (28, 2048, 16, 151_936),
 }

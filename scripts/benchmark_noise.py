@@ -103,8 +103,9 @@ def summary(divergence: Tensor, mu: Tensor, position: Tensor) -> dict[str, Any]:
     found |= {f"p{q}": divergence.quantile(q / 100).item() for q in (90, 99)}
     for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 0.9), (0.9, 1.01)):
         found[f"probability {low:g} to {min(high, 1):g}"] = divergence[(p >= low) & (p < high)].mean().item()
-    for low, high in ((0, 100), (100, 300), (300, 1000)):
-        found[f"tokens {low} to {high}"] = divergence[(position >= low) & (position < high)].mean().item()
+    for low, high in ((0, 100), (100, 300), (300, 1000), (1000, 4000)):
+        if (among := (position >= low) & (position < high)).any():
+            found[f"tokens {low} to {high}"] = divergence[among].mean().item()
     return found
 
 
@@ -170,7 +171,7 @@ def main() -> None:
     report = {}
     for dtype, rows in rollouts.items():
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        noise = compare(model, rows, [n for n in (100, args.length) if n <= args.length])
+        noise = compare(model, rows, sorted({min(n, args.length) for n in (100, 1000, args.length)}))
         tokens = sum(len(row["answer"]) for row in rows)
         report[dtype] = {"tokens": tokens, "noise": noise, "flipped": flipped(model, rows)}
     show(report)
