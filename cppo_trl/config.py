@@ -79,8 +79,10 @@ class TrustRegionConfig:
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
             runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for
             ``"binary_tv"``, and for ``"topk_kl"`` under TRM, which is stated in the exact KL.
-        cppo_topk: K of the Top-K estimators, 1 to the vocabulary; 20 in the paper, and at most 20 with a colocated
+        cppo_topk: K of the Top-K estimators, 1 to the vocabulary; 20 in the paper, and at most 20 from a colocated
             vLLM.
+        cppo_topk_source: where Top-K takes μ from: ``"engine"``, which sampled the rollout, or ``"policy"``, the
+            trained model, in one pass over the rollout before its updates. Without vLLM it is always the policy.
         cppo_delta: threshold δ > 0; None for the value of the rule's own paper (CPPO: 0.15 TV, 0.1 KL; DPPO: 0.15
             TV, 0.05 KL; TRM-Max: 0.05 KL; TRM-Avg: 0.001 KL); inf switches the rule off.
         cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
@@ -112,6 +114,9 @@ class TrustRegionConfig:
         },
     )
     cppo_topk: int = field(default=20, metadata={"help": "K of the Top-K estimators."})
+    cppo_topk_source: str = field(
+        default="engine", metadata={"help": "Whose Top-K it is: 'engine', or 'policy' (one pass over each rollout)."}
+    )
     cppo_delta: float | None = field(
         default=None, metadata={"help": "Threshold; null: that of the rule's own paper; .inf: off."}
     )
@@ -188,6 +193,11 @@ class TrustRegionConfig:
         """Whether the estimator needs log-probs of more than the sampled token."""
         return str(self.cppo_divergence).startswith("topk")
 
+    @property
+    def topk_of_policy(self) -> bool:
+        """Whether Top-K is read off the trained model, whatever samples."""
+        return self.uses_topk and self.cppo_topk_source == "policy"
+
     def judge(
         self,
         divergence: Tensor,
@@ -210,7 +220,8 @@ class TrustRegionConfig:
     def _rule_in_words(self) -> list[str]:
         words = [self.trust_region]
         if self.rule.estimators:
-            words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk})" if self.uses_topk else ""))
+            of = " of the policy" if self.topk_of_policy else ""
+            words.append(f"{self.cppo_divergence}" + (f" (K = {self.cppo_topk}{of})" if self.uses_topk else ""))
         words += self.rule.words(**self.rule_parameters)
         if self.cppo_ratio_cap is not None:
             words.append(f"ratio capped at {self.cppo_ratio_cap:g}")
@@ -224,8 +235,12 @@ class TrustRegionConfig:
         _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
         _require(isinstance(self.cppo_topk, int), "cppo_topk", self.cppo_topk, "an integer")
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
+        sources = ("engine", "policy")
+        _require(self.cppo_topk_source in sources, "cppo_topk_source", self.cppo_topk_source, f"one of {sources}")
         if not self.uses_topk:
-            _require(self.cppo_topk == 20, "cppo_topk", self.cppo_topk, "left at 20: a binary estimator ignores it")
+            for name, default in (("cppo_topk", 20), ("cppo_topk_source", "engine")):
+                value = getattr(self, name)
+                _require(value == default, name, value, f"left at {default}: a binary estimator ignores it")
         for name, value in self.rule.defaults(self.cppo_divergence).items():
             if getattr(self, f"cppo_{name}") is None:
                 setattr(self, f"cppo_{name}", value)
@@ -242,7 +257,7 @@ class TrustRegionConfig:
         """Fields of the trust region that the rule reads."""
         read = {f"cppo_{name}" for name in self.rule.parameters if self.trust_region in RULES}
         if self.rule.estimators:
-            read |= {"cppo_divergence", "cppo_topk"}
+            read |= {"cppo_divergence", "cppo_topk", "cppo_topk_source"}
         return read if self.rule.bounds_ratio else read | {"cppo_ratio_cap"}
 
     def _refuse_unread_fields(self) -> None:
@@ -326,8 +341,9 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
         if self.generation_batch_size is None and self.steps_per_generation is None:
             self.steps_per_generation = self.gradient_accumulation_steps * (2 if self.num_iterations == 1 else 1)
         self._resolve_rule()
-        if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk:
-            _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, "<= 20, the most a colocated vLLM returns")
+        if self.use_vllm and self.vllm_mode == "colocate" and self.uses_topk and not self.topk_of_policy:
+            most = "<= 20, the most a colocated vLLM returns; or set cppo_topk_source to policy"
+            _require(self.cppo_topk <= 20, "cppo_topk", self.cppo_topk, most)
         every = self.log_tokens_steps
         _require(every >= 0, "log_tokens_steps", every, "a number of updates, or 0 to log no tokens")
         self._rename_checkpointing()
@@ -355,10 +371,10 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
         responses = self.generation_batch_size
         each_reward = self.multi_objective_aggregation == "normalize_then_sum"  # TRL then ignores scale_rewards
         scale = "group for each reward, then batch" if each_reward else self.scale_rewards
+        noisy = "update 1, by the engine's numerical noise"
+        off_policy = "never" if self.always_on_policy else "update 2"
         if self.use_vllm:
-            off_policy = "update 1, by the engine's numerical noise"
-        else:
-            off_policy = "never" if self.always_on_policy else "update 2"
+            off_policy = f"{off_policy}; the ratio from {noisy}" if self.topk_of_policy else noisy
         return {
             "rollout": f"{responses // self.num_generations} prompts x {self.num_generations} responses = {responses}",
             "updates per rollout": f"{self.updates_per_rollout:g}"
@@ -405,7 +421,7 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
     def _warn_doubtful(self) -> None:
         """Warn once about settings that are valid but probably unintended."""
         doubts = []
-        if self.always_on_policy and not self.use_vllm:
+        if self.always_on_policy and (self.topk_of_policy or not self.use_vllm):
             doubts.append(
                 "every update is on-policy, so the mask keeps all tokens (unless a rollout_func returns log-probs): "
                 f"raise steps_per_generation above gradient_accumulation_steps={self.gradient_accumulation_steps}, or "

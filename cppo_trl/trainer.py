@@ -5,7 +5,7 @@ range set to infinity, that hook is all a trust region needs. Four methods are w
 
 1. `_generate_and_score_completions`: the engine's log-probs, where there are any, become the anchor log μ.
 2. `_get_per_token_logps_and_entropies`: inside the loss, log π becomes known here, and with it D_t. Over a rollout,
-   Top-K is read off the rollout policy's pass, and with vLLM that pass is left out.
+   Top-K is read off the trained model's pass; where vLLM gives all that is needed, that pass is left out.
 3. `get_off_policy_mask`: the rule.
 4. `_compute_loss`: checks that the rule was applied once, and logs what it did.
 
@@ -64,7 +64,9 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
 
     The arguments are those of `trl.GRPOTrainer`, with a `CPPOConfig` as ``args``. The ratio and the divergence are
     taken against the rollout policy: the engine's log-probs where there are any (vLLM, ``rollout_func``), else
-    those that the same model recomputes right after generation.
+    those that the same model recomputes right after generation. ``cppo_topk_source="policy"`` takes the divergence
+    against the latter in any case; a ``rollout_func`` with a true attribute ``lag`` samples from older weights and is
+    refused there.
 
     Raises:
         TypeError: if ``args`` is not a `CPPOConfig`.
@@ -115,12 +117,13 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         self._update = UpdateLedger()
         self._samples_with_engine = args.use_vllm and self.rollout_func is None  # a rollout_func may lag behind
         main = self.accelerator.is_main_process
-        topk_of_engine = args.uses_topk and args.use_vllm
+        self._skips_pass = self._samples_with_engine and not args.topk_of_policy
+        topk_of_engine = args.uses_topk and self._skips_pass
         self._engine_topk = EngineTopK(self.vllm_generation, args.cppo_topk) if topk_of_engine else None
         self._engine_check = checks.EngineCheck(args, main) if self._samples_with_engine else None
         if args.use_vllm and args.vllm_mode == "server" and main:
             info = self.vllm_generation.vllm_client.get_server_info()
-            checks.check_server(info, args.cppo_topk if args.uses_topk else 0)
+            checks.check_server(info, args.cppo_topk if topk_of_engine else 0)
         self.add_callback(WriteRun)
         self.add_callback(ExactResume)
         shorten_console(self.callback_handler.callbacks)
@@ -145,7 +148,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         unwrap = self.accelerator.unwrap_model
         if self._rollout is None or checks.is_reference(unwrap(model), unwrap(self.model)):
             return compute(*args, **kwargs)
-        if self._samples_with_engine:
+        if self._skips_pass:
             return None, None, None  # the engine's log-probs are the anchor
         return self._rollout.score(compute, *args, **kwargs)
 

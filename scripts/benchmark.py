@@ -8,13 +8,14 @@ Parts, all of them unless named after --parts:
 state     what the dry run says of weights, gradients and AdamW, against what is held; the peak of a whole update
 step      forward, loss and backward of one batch: CPPO (Binary, Top-K) against TRL's GRPO, time and peak memory
 rollout   the pass that scores a rollout, Top-K against Binary
+policy    the same pass as cppo_topk_source: policy adds it to an engine's rollout, against the step on its tokens
 rule      the rule alone on 64 x 16,384 tokens, against a plain copy of its inputs and against a loop over responses
 length    the rule and its record for one token, by response length
 topk      a Top-K step by K, and by the two ways to score the listed tokens
 accuracy  what two equal policies seem to differ by, by precision
 
-state, step, rollout and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for each
---length.
+state, step, rollout, policy and topk use a model of Qwen3's kind with random weights, in one of SHAPES, and repeat for
+each --length.
 """
 
 import argparse
@@ -52,6 +53,7 @@ K = 20
 SHAPES = {  # layers, size of the hidden states, heads, vocabulary
     "tiny": (2, 128, 2, 1000),
     "small": (4, 512, 4, 32_768),
+    "deep": (28, 512, 4, 32_768),  # a head of the same share as 1.7b's
     "0.6b": (28, 1024, 16, 151_936),
     "1.7b": (28, 2048, 16, 151_936),
 }
@@ -324,7 +326,7 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[R
         costs += rule(3 * repeats, *((8, 1024) if tiny else (64, 16_384)))
     if "length" in parts:
         costs += by_length(3 * repeats, 2**12 if tiny else 2**19)
-    for length in arguments.length if {"state", "step", "rollout", "topk"} & set(parts) else ():
+    for length in arguments.length if {"state", "step", "rollout", "policy", "topk"} & set(parts) else ():
         bench = Bench(arguments.shape, arguments.rows, length, arguments.bf16, arguments.checkpointing)
         where = f"{arguments.rows} x {length}"
         if "state" in parts:
@@ -335,6 +337,9 @@ def measure(arguments: argparse.Namespace) -> tuple[list[Row], list[Row], list[R
         if "rollout" in parts:
             passes = {"Binary": bench.score_rollout("binary_tv"), "Top-K": bench.score_rollout("topk_tv")}
             costs += compare(f"scoring a rollout, {where}", passes, repeats, memory=True)
+        if "policy" in parts:
+            passes = {"step": bench.cppo("topk_tv"), "pass before it": bench.score_rollout("topk_tv")}
+            costs += compare(f"Top-K of the policy, {where}", passes, repeats)
         if "topk" in parts:
             steps = {f"K = {k}": bench.cppo("topk_tv", k) for k in (20, 5, 80)}
             steps |= {"K = 20, second product": bench.cppo("topk_tv", K, ProductTap)}
@@ -363,7 +368,7 @@ def show(costs: list[Row], states: list[Row], accuracies: list[Row]) -> None:
 
 def main() -> None:
     """Measure, print the tables, write JSON."""
-    every_part = ["state", "step", "rollout", "rule", "length", "topk", "accuracy"]
+    every_part = ["state", "step", "rollout", "policy", "rule", "length", "topk", "accuracy"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=every_part, default=every_part)
     parser.add_argument("--shape", choices=SHAPES, default="1.7b", help="of the model")

@@ -1,21 +1,37 @@
-"""A rollout by vLLM and the update on it: CPPO against TRL's default, alternating in one process, on a CPU.
+"""What rollouts by a real vLLM cost, on a CPU. `make test-vllm` sets the environment up.
 
     .venv-vllm/bin/python scripts/benchmark_vllm.py --json outputs/benchmark_vllm.json
+    .venv-vllm/bin/python scripts/benchmark_vllm.py --part transport --layers 1 --hidden 64 --rows 4 --length 2048
 
-One update a rollout (aligned steps), the same model, data and batch. TRL's default scores each rollout once more with
-the trained model, to correct for the engine; CPPO takes the engine's log-probs for the rollout policy's and does not.
-Each side has a colocated engine of its own. Time is CPU time of the process, on one thread, so other work on the
-machine hardly counts. `make test-vllm` sets the environment up.
+update     A rollout and the update on it: CPPO against TRL's default, alternating in one process. One update each
+           (aligned steps), the same model, data and batch. TRL's default scores each rollout again with the trained
+           model, to correct for the engine; CPPO takes the engine's log-probs for the rollout policy's and does not.
+           Each side has a colocated engine of its own.
+transport  What a token's log-probs cost on their way from vLLM through TRL's lists to our tensors, by K, colocated and
+           from a server: bytes of the reply, time of each step, bytes of the Python objects that are held. Vocabulary
+           of Qwen3, so that ids have as many digits.
+
+Time is CPU time of the process, on one thread, so other work on the machine hardly counts.
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
+import pickle
+import signal
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import tracemalloc
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -30,9 +46,11 @@ import vllm
 import vllm._custom_ops
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_client
 
 from cppo_trl import CPPOConfig, CPPOTrainer
 from cppo_trl.data import arithmetic
+from cppo_trl.seam.topk import EngineTopK
 
 STEPS = 2  # timed in a round; one more before them is not
 PARTS = ("whole", "rollout", "second pass")
@@ -98,33 +116,29 @@ def make_trainer(
     )
 
 
-def main() -> None:
-    """Time the variants in turn, print the table, and write it to ``--json``."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=16, help="responses of a rollout, a multiple of 8")
-    parser.add_argument("--length", type=int, default=48, help="longest response, in tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    vllm._custom_ops._supports_onednn = False  # packed weights take no new ones
+def save_model(directory: str, args: argparse.Namespace, vocabulary: int) -> None:
+    """A model of Qwen3's kind with random weights, so that responses seldom end early."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=args.hidden,
+        intermediate_size=3 * args.hidden,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.hidden // 64,
+        num_key_value_heads=max(1, args.hidden // 128),
+        head_dim=64,
+        pad_token_id=arithmetic.tokenizer().pad_token_id,
+        eos_token_id=arithmetic.tokenizer().eos_token_id,
+        bos_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(directory)
+    arithmetic.tokenizer().save_pretrained(directory)
+
+
+def updates(args: argparse.Namespace) -> dict[str, Any]:
+    """Time whole updates of the variants in turn, and print the table."""
     host.LLM = partial(vllm.LLM, dtype="float32", enforce_eager=True)
     with tempfile.TemporaryDirectory() as model:
-        config = Qwen3Config(
-            vocab_size=8192,  # random weights, so responses seldom end early
-            hidden_size=args.hidden,
-            intermediate_size=3 * args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.hidden // 64,
-            num_key_value_heads=args.hidden // 128,
-            head_dim=64,
-            pad_token_id=arithmetic.tokenizer().pad_token_id,
-            eos_token_id=arithmetic.tokenizer().eos_token_id,
-            bos_token_id=None,
-        )
-        Qwen3ForCausalLM(config).save_pretrained(model)
-        arithmetic.tokenizer().save_pretrained(model)
+        save_model(model, args, vocabulary=8192)
         trainers = {
             "TRL's default": make_trainer(GRPOTrainer, GRPOConfig, model, args),
             "CPPO, Binary": make_trainer(CPPOTrainer, CPPOConfig, model, args),
@@ -147,6 +161,139 @@ def main() -> None:
         print(
             f"| {name} | {cells} | {report[name]['ratio']:.3f} ({min(ratios):.3f} to {max(ratios):.3f}) |", flush=True
         )
+    return report
+
+
+def timed(work: Callable[[], Any], rounds: int) -> float:
+    """CPU seconds, the median of some rounds."""
+    seconds = []
+    for _ in range(rounds):
+        gc.collect()
+        start = time.process_time()
+        work()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def held(work: Callable[[], Any]) -> int:
+    """Bytes of the Python objects that ``work`` returns."""
+    gc.collect()
+    tracemalloc.start()
+    result = work()
+    gc.collect()
+    size = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    del result
+    return size
+
+
+def ours(k: int, completions: Any, logps: Any, ids: Any) -> Callable[[], Any]:
+    """The conversion of TRL's lists, as the trainer has it done."""
+    if k == 0:
+        return lambda: None
+
+    def convert() -> None:
+        engine = SimpleNamespace(generate=lambda: (None, completions, logps, ids))
+        EngineTopK(engine, k)
+        engine.generate()
+
+    return convert
+
+
+def colocated(llm: Any, prompts: list[Any], k: int, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of a token from an engine in this process: microseconds, and bytes held."""
+    sampling = vllm.SamplingParams(max_tokens=args.length, logprobs=k, temperature=1.0, ignore_eos=True)
+    start = time.process_time()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    generation = time.process_time() - start
+    completions = [list(output.outputs[0].token_ids) for output in outputs]
+    tokens = sum(map(len, completions))
+    pickled = pickle.dumps([list(output.outputs[0].logprobs) for output in outputs])
+    logps, ids = host.extract_logprobs(outputs)
+    row = {
+        "generation": generation * 1e6,
+        "TRL's lists": timed(lambda: host.extract_logprobs(outputs), args.rounds) * 1e6,
+        "ours": timed(ours(k, completions, logps, ids), args.rounds) * 1e6,
+        "bytes of vLLM's objects": held(lambda: pickle.loads(pickled)),
+        "bytes of TRL's lists": held(lambda: host.extract_logprobs(outputs)),
+    }
+    return {"tokens": tokens, **{name: value / tokens for name, value in row.items()}}
+
+
+def served(address: str, prompts: list[Any], k: int, args: argparse.Namespace) -> dict[str, float]:
+    """Figures of a token from a server: bytes and microseconds of the client, and bytes held on every process."""
+    client = vllm_client.VLLMClient(base_url=address)
+    request = {"model": client.model, "prompt": [p["prompt_token_ids"] for p in prompts], "max_tokens": args.length}
+    request |= {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": k, "ignore_eos": True}
+    text = client.session.post(f"{address}/v1/completions", json=request).text
+    choices = json.loads(text)["choices"]
+    completions, raw = [choice["token_ids"] for choice in choices], [choice["logprobs"] for choice in choices]
+    logps, ids = vllm_client.parse_logprobs(raw)
+    payload = pickle.dumps((completions, logps, ids))
+    tokens = sum(map(len, completions))
+    row = {
+        "bytes of JSON": len(text),
+        "json.loads": timed(lambda: json.loads(text), args.rounds) * 1e6,
+        "parse_logprobs": timed(lambda: vllm_client.parse_logprobs(raw), args.rounds) * 1e6,
+        "pickling": timed(lambda: pickle.dumps((completions, logps, ids)), args.rounds) * 1e6,
+        "unpickling": timed(lambda: pickle.loads(payload), args.rounds) * 1e6,
+        "ours": timed(ours(k, completions, logps, ids), args.rounds) * 1e6,
+        "bytes broadcast": len(payload),
+        "bytes held by each process": held(lambda: pickle.loads(payload)),
+    }
+    return {"tokens": tokens, **{name: value / tokens for name, value in row.items()}}
+
+
+@contextlib.contextmanager
+def server(model: str, length: int) -> Iterator[str]:
+    """The address of a server of its own process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len {length}"
+    options += " --logprobs-mode processed_logprobs --max-logprobs 20"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options.split()]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        vllm_client.VLLMClient(base_url=address, connection_timeout=400)
+        yield address
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def transport(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the way of the log-probs, and print a table for each mode."""
+    report: dict[str, Any] = {}
+    prompts = [{"prompt_token_ids": [10 + i, 5, 6]} for i in range(args.rows)]
+    with tempfile.TemporaryDirectory() as model:
+        save_model(model, args, vocabulary=151_936)
+        with server(model, args.length + 64) as address:
+            report["server"] = {k: served(address, prompts, k, args) for k in (0, 5, 20)}
+        engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": args.length + 64}
+        llm = vllm.LLM(model, logprobs_mode="processed_logprobs", **engine)
+        report["colocated"] = {k: colocated(llm, prompts, k, args) for k in (0, 5, 20)}
+    for mode, by_k in report.items():
+        print(f"\n| {mode}, a token | " + " | ".join(f"K = {k}" for k in by_k) + " |\n|---|" + "---|" * len(by_k))
+        for name in by_k[0]:
+            print(f"| {name} | " + " | ".join(f"{row[name]:,.1f}" for row in by_k.values()) + " |")
+    return report
+
+
+def main() -> None:
+    """Measure a part, print its tables, and write them to ``--json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=("update", "transport"), default="update")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=16, help="responses of a rollout, a multiple of 8 for updates")
+    parser.add_argument("--length", type=int, default=48, help="longest response, in tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    vllm._custom_ops._supports_onednn = False  # packed weights take no new ones
+    report = (updates if args.part == "update" else transport)(args)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps({**vars(args), "json": None, "results": report}, indent=2))

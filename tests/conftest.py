@@ -115,8 +115,7 @@ def make_trainer(tmp_path, monkeypatch):
             reward,
             config_cls(**{**defaults, **fields}),
             train_dataset=data if data is not None else tiny_data(),
-            processing_class=arithmetic.tokenizer(),
-            **(trainer or {}),
+            **{"processing_class": arithmetic.tokenizer(), **(trainer or {})},
         )
 
     return make

@@ -42,11 +42,12 @@ CASES = {
     },
     "dapo-topk_tv": {"loss_type": "dapo", "cppo_divergence": "topk_tv", "cppo_topk": 4, "save_strategy": "steps"},
     "grpo-soft-capped-lora": {"loss_type": "grpo", "trust_region": "cppo_soft", "cppo_ratio_cap": 1.2, "beta": 0.1},
-    "grpo-trm_max-topk_kl-skip": {
+    "grpo-trm_max-topk_kl-policy-skip": {
         "loss_type": "grpo",
         "trust_region": "trm_max",
         "cppo_delta": 0.2,
         "cppo_topk": 4,
+        "cppo_topk_source": "policy",
         "skip_zero_std_prompts": True,
     },
 }
@@ -98,7 +99,7 @@ class Injected(CPPOTrainer):
 
     def _generate_single_turn(self, *args, **kwargs):
         answers, logps = [answer for _, answer, _ in self.rows], [logp for _, _, logp in self.rows]
-        return answers, None if self.args.uses_topk else logps
+        return answers, None if self.args.uses_topk and not self.args.topk_of_policy else logps
 
     def get_off_policy_mask(self, **inputs):
         weight = super().get_off_policy_mask(**inputs)

@@ -118,6 +118,9 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"cppo_divergence": "topk_tv", "torch_compile": True}, "torch_compile=True with cppo_divergence='topk_tv'"),
         ({"cppo_divergence": "topk_tv", "cppo_topk": 0}, "cppo_topk must be >= 1"),
         ({"cppo_topk": 5}, "cppo_topk must be left at 20"),
+        ({"cppo_topk_source": "policy"}, "cppo_topk_source must be left at engine: a binary"),
+        ({"cppo_divergence": "topk_tv", "cppo_topk_source": "vllm"}, "cppo_topk_source must be one of"),
+        ({"trust_region": "grpo", "cppo_topk_source": "policy"}, "cppo_topk_source must be left at 'engine'"),
         ({"use_transformers_continuous_batching": True, "bf16": True}, "continuous_batching .*bf16"),
     ],
 )
@@ -145,6 +148,18 @@ def test_doubtful_settings_warn_once(fields, warned):
         warnings.simplefilter("always")
         CPPOConfig("out", use_cpu=True, **{"bf16": False, **fields})
     assert sum(warned in str(w.message) for w in caught if w.category is UserWarning) == 1
+
+
+def test_top_k_of_the_policy_says_when_it_acts_and_has_no_limit_of_the_engine_s():
+    engine = {"use_vllm": True, "vllm_mode": "colocate", "cppo_divergence": "topk_tv"}
+    schedule = make(**engine, cppo_topk_source="policy", cppo_topk=21).schedule()
+    assert schedule["off-policy from"] == "update 2; the ratio from update 1, by the engine's numerical noise"
+    assert "topk_tv (K = 21 of the policy)" in schedule["trust region"]
+    with pytest.raises(ValueError, match=r"cppo_topk must be <= 20, .* or set cppo_topk_source to policy"):
+        make(**engine, cppo_topk=21)
+    assert "update 1" in make(**engine, steps_per_generation=1).schedule()["off-policy from"]
+    with pytest.warns(UserWarning, match="every update is on-policy"):
+        CPPOConfig("o", use_cpu=True, bf16=False, **engine, cppo_topk_source="policy", steps_per_generation=1)
 
 
 def test_a_sound_setting_does_not_warn():

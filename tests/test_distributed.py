@@ -111,7 +111,7 @@ def test_a_checkpoint_of_two_processes_goes_on_as_if_never_stopped(layout, two_p
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_prompt_that_is_split_over_the_processes_is_skipped_whole(layout, two_processes):
     results = two_processes(layout)
-    skipped, unskipped = (results[case]["weights"] for case in ("grpo-trm_max-topk_kl-skip", "dapo-topk_tv"))
+    skipped, unskipped = (results[case]["weights"] for case in ("grpo-trm_max-topk_kl-policy-skip", "dapo-topk_tv"))
     for micro_batch in range(4):  # of the second rollout, where rows 8 to 15 score alike
         rows = torch.tensor([start + micro_batch * 3 + row for start in (0, 12) for row in range(3)])
         mask = unskipped[4 + micro_batch][..., 1] * ~((rows >= 8) & (rows < 16)).unsqueeze(1)

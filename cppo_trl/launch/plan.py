@@ -27,6 +27,9 @@ from cppo_trl.seam.checks import missing_packages
 SHARDINGS = ("none", "ddp", "zero2", "zero3", "fsdp2")
 """Strategies whose memory the dry run knows."""
 
+MOST_SERVER_TOPK = 32 * 2**30
+"""Bytes of Python objects that a server's Top-K may take in each process: 256 GiB of main memory for eight of them."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -168,6 +171,16 @@ def state_bytes(total: int, trained: int, layout: Layout, weight_bytes: int) -> 
     return held / layout.processes if layout.sharding == "fsdp2" else held
 
 
+def server_topk_bytes(config: CPPOConfig) -> int:
+    """Bytes of Python objects that TRL holds in every process for the longest rollout of a vLLM server with Top-K.
+
+    Measured with TRL 1.16 (docs/vllm.md): 291 bytes a token, and 72 for each of the K.
+    """
+    if not (config.use_vllm and config.vllm_mode == "server" and config.uses_topk) or config.topk_of_policy:
+        return 0
+    return config.generation_batch_size * config.max_completion_length * (291 + 72 * config.cppo_topk)
+
+
 def _rows(
     script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig, layout: Layout
 ) -> dict[str, str]:
@@ -226,6 +239,12 @@ def _conflicts(
     length, completion = config.vllm_max_model_length, config.max_completion_length
     if config.use_vllm and length is not None and completion >= length:
         yield f"vllm_max_model_length={length} leaves no room for a prompt beside max_completion_length={completion}"
+    if (held := server_topk_bytes(config)) > MOST_SERVER_TOPK:
+        tokens = config.generation_batch_size * completion
+        yield (
+            f"Top-K of a vLLM server: {held / tokens:,.0f} bytes of Python objects a token (measured) are up to "
+            f"{held / 2**30:.0f} GiB in each process for {tokens:,} tokens: set cppo_topk_source to policy"
+        )
     if config.use_vllm and layout.sharding == "zero3" and not config.ds3_gather_for_generation:
         yield "ds3_gather_for_generation=false cannot be combined with vLLM: set it to true"
     if not model.model_name_or_path:

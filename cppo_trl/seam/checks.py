@@ -65,11 +65,16 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
     for missing in missing_packages(config):
         raise ValueError(missing)
     for name in ("tools", "rollout_func", "environment_factory"):
-        if config.uses_topk and arguments.get(name):
+        if config.uses_topk and not config.topk_of_policy and arguments.get(name):
             raise ValueError(
-                f"{name} with cppo_divergence={config.cppo_divergence!r}: rollouts of several turns, or of one's own, "
-                "are not supported with Top-K. Set cppo_divergence to binary_tv or binary_kl."
+                f"{name} with cppo_divergence={config.cppo_divergence!r}: an engine gives no Top-K of rollouts of "
+                "several turns, or of one's own. Set cppo_topk_source to policy, or cppo_divergence to binary_tv."
             )
+    if config.uses_topk and getattr(arguments.get("rollout_func"), "lag", False):
+        raise ValueError(
+            "rollout_func.lag says that it samples from older weights, whose Top-K the trained model does not have. "
+            "Set cppo_divergence to binary_tv or binary_kl."
+        )
     if config.cast_lm_head_to_fp32 and arguments.get("peft_config"):
         model, init = arguments["model"], config.model_init_kwargs
         known = {k: init[k] for k in ("revision", "trust_remote_code") if k in init} if isinstance(init, dict) else {}
@@ -304,8 +309,8 @@ class EngineCheck:
             warnings.warn(
                 f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates: rounding that differs between vLLM "
                 f"and the trainer spends {divergence / self._limit:.0%} of cppo_{self._budget}={self._limit:g} before "
-                "any update. Set cast_lm_head_to_fp32=True (removes the head's part), run both in float32 (removes "
-                f"nearly all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, "
-                "vLLM's weights are stale. Shown once per run.",
+                "any update. Take Top-K with cppo_topk_source=policy (removes all of it), run both in float32 (nearly "
+                f"all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, vLLM's "
+                "weights are stale. Shown once per run.",
                 stacklevel=2,
             )

@@ -42,20 +42,22 @@ class Rollout:
     def complete(self, batch: dict[str, Any], engine_topk: EngineTopK | None) -> None:
         """Make the batch hold the anchor log μ, Top-K, and what identifies its responses.
 
-        Adds ``sampled_at``, the updates made when the responses were sampled, and ``response_ids``, ``(B,)`` int64.
+        Adds ``sampled_at``, the updates made when the responses were sampled, and ``response_ids``, ``(B,)`` int64;
+        where Top-K is the trained model's own, also ``topk_sampled``, its ``(B, T)`` log-probs of the sampled tokens.
 
         Raises:
             RuntimeError: if Top-K was read off another pass than the anchor.
         """
+        scored = batch.get("old_per_token_logps")
         if "sampling_per_token_logps" in batch:
             batch["old_per_token_logps"] = batch.pop("sampling_per_token_logps")
         if engine_topk is not None:
             batch["topk_ids"], batch["topk_logps"] = engine_topk.take(batch["completion_ids"])
         elif self._scored is not None:
             logps, tap = self._scored
-            if batch["old_per_token_logps"] is not logps:
+            if scored is not logps:
                 raise RuntimeError("Top-K log-probs were read off another pass than the rollout policy's.")
-            batch["topk_ids"], batch["topk_logps"] = tap.ids, tap.logps
+            batch["topk_ids"], batch["topk_logps"], batch["topk_sampled"] = tap.ids, tap.logps, logps
         if "topk_ids" in batch:  # the sampled token is listed separately
             is_sampled = batch["topk_ids"] == batch["completion_ids"].unsqueeze(-1)
             batch["topk_logps"].masked_fill_(is_sampled, -math.inf)
@@ -137,10 +139,12 @@ class Loss:
         elif tap is None:  # TRL skips the rollout policy's pass where π = μ
             self.divergence = torch.zeros_like(anchor)
         else:
-            assert rollout_logps is not None  # Top-K comes with the sampled token's log-prob
-            others = self.batch["topk_logps"].masked_fill(rollout_logps.isnan().unsqueeze(-1), math.nan)
+            sampled = self.batch.get("topk_sampled", rollout_logps)  # log μ by those who list the others
+            assert sampled is not None  # Top-K comes with it
+            sampled = sampled.unsqueeze(-1)
+            others = self.batch["topk_logps"].masked_fill(sampled.isnan(), math.nan)
             listed = torch.cat([logps.unsqueeze(-1), tap.logps], -1)
-            rollout_listed = torch.cat([anchor.unsqueeze(-1), others], -1)
+            rollout_listed = torch.cat([sampled, others], -1)
             self.divergence = estimator(listed, rollout_listed)
             self._topk_mass = rollout_listed.exp().sum(-1).nan_to_num(nan=0.0)
         return result

@@ -13,10 +13,11 @@ temperature by the same numbers, which TRL hands to the kernel.
 """
 
 import inspect
-import math
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 import trl.trainer.utils as host
 from torch import Tensor
@@ -184,14 +185,15 @@ class EngineTopK:
         prompts, completions, logps, ids = self._generate(*args, **kwargs)
         sampled = []
         for tokens, token_ids, token_logps in zip(completions, ids, logps, strict=True):
-            shape = (len(tokens), self._width)
-            padded_ids = [row + [0] * (self._width - len(row)) for row in token_ids]
-            padded_logps = [row + [-math.inf] * (self._width - len(row)) for row in token_logps]
-            known = [[math.nan if p is None else p for p in row] if None in row else row for row in padded_logps]
-            self._ids.append(torch.tensor(padded_ids, dtype=torch.int32).view(shape))
-            self._logps.append(torch.tensor(known, dtype=torch.float32).view(shape))
-            sampled.append([[p[i.index(y)]] for y, i, p in zip(tokens, token_ids, token_logps, strict=True)])
-        return prompts, completions, sampled, ids
+            listed = np.arange(self._width) < np.fromiter(map(len, token_ids), int)[:, None]
+            row_ids, row_logps = np.zeros(listed.shape, np.int32), np.full(listed.shape, -np.inf, np.float32)
+            row_ids[listed] = np.fromiter(chain.from_iterable(token_ids), np.int32)
+            row_logps[listed] = np.array(list(chain.from_iterable(token_logps)), np.float32)  # None is NaN
+            is_sampled = row_ids == np.array(tokens, np.int32)[:, None]
+            sampled.append(np.where(is_sampled, row_logps, -np.inf).max(-1, keepdims=True).tolist())
+            self._ids.append(torch.from_numpy(row_ids))
+            self._logps.append(torch.from_numpy(row_logps))
+        return prompts, completions, sampled, None
 
     def take(self, completion_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Ids (int32) and log-probs (fp32) of the last rollout, ``(B, T, k + 1)``, right-padded with -inf.

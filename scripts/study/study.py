@@ -198,6 +198,7 @@ class LaggedRollouts:
     """A ``rollout_func`` that samples from the weights of ``lag`` rollouts ago, as an asynchronous engine does."""
 
     def __init__(self, lag: int) -> None:
+        self.lag = lag
         self.snapshots: deque[dict[str, Tensor]] = deque(maxlen=lag + 1)
         self.model: Any = None
 

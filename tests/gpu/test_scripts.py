@@ -12,7 +12,7 @@ import gpu_kit
 
 def test_the_benchmark_runs_in_a_tiny_shape(tmp_path):
     sizes = ["--shape", "tiny", "--rows", "2", "--length", "32", "--repeats", "6", "--bf16", "--checkpointing"]
-    parts = ["--parts", "state", "step", "rollout", "rule", "length", "topk"]
+    parts = ["--parts", "state", "step", "rollout", "policy", "rule", "length", "topk"]
     visible = {} if DEVICE.type == "cuda" else {"CUDA_VISIBLE_DEVICES": ""}
     result = launch(ROOT / "scripts/benchmark.py", *sizes, *parts, "--json", tmp_path / "x.json", **visible)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -73,6 +73,7 @@ def test_the_paper_s_settings_number_for_number(row):
     assert (config.updates_per_rollout, config.num_iterations) == (updates, 1)
     assert (config.trust_region, config.cppo_divergence, config.cppo_topk) == ("cppo", "topk_tv", 20)
     assert (config.cppo_delta, config.cppo_delta_b, config.cppo_w_min) == (delta, delta_b, w_min)
+    assert config.cppo_topk_source == ("policy" if config.vllm_mode == "server" else "engine")
     assert config.cppo_delta_b_quantile == (0.9 if dynamic else None)
     assert config.cppo_delta_b_max_multiple == 2
     assert config.cppo_ratio_cap is None
@@ -211,6 +212,16 @@ def test_what_cannot_work_is_refused(arguments, message):
 def test_problems_are_named(arguments, message):
     plan = dry_run(["--config", SMALL, *arguments])
     assert any(message in problem for problem in plan.problems), plan.problems
+
+
+def test_a_server_s_top_k_that_no_machine_holds_is_refused():
+    recipe = path_of("Qwen/Qwen3-30B-A3B-Base")
+    (problem,) = plan_of(recipe, None, "--cppo_topk_source", "engine").problems
+    # 4096 x 16384 tokens x (291 + 72 x 20) bytes
+    assert "1,731 bytes of Python objects a token (measured) are up to 108 GiB in each process" in problem
+    assert "67,108,864 tokens: set cppo_topk_source to policy" in problem
+    for fields in (["--generation_batch_size", "1024"], ["--cppo_divergence", "binary_tv"], ["--use_vllm", "false"]):
+        assert plan_of(recipe, None, "--cppo_topk_source", "engine", *fields).problems == []
 
 
 def test_a_cast_head_that_trl_cannot_make_is_refused(make_trainer):

@@ -40,6 +40,7 @@ SCHEDULES = {  # fields, and the updates that the first rollout serves
     "two rollouts an update": ({"steps_per_generation": 1, "gradient_accumulation_steps": 2}, 1),
     "ends within an update": ({"steps_per_generation": 3, "gradient_accumulation_steps": 2}, 1),
     "topk": ({"cppo_divergence": "topk_tv"}, 2),
+    "topk of the policy": ({"cppo_divergence": "topk_tv", "cppo_topk_source": "policy"}, 2),
 }
 
 
@@ -76,7 +77,11 @@ def test_noise_that_eats_the_budget_is_said_once(make_trainer, monkeypatch):
     assert said(cppo_delta_b=10.5 * mismatch)[1] == []
     (message,) = said(cppo_delta_b=mismatch)[1]
     assert "% of cppo_delta_b=" in message
-    assert "cast_lm_head_to_fp32" in message
+    assert "cppo_topk_source=policy" in message
+    assert said(cppo_divergence="topk_tv", cppo_topk_source="policy", cppo_delta_b=1e-4) == (
+        pytest.approx(0, abs=1e-6),
+        [],
+    )
     assert "of cppo_delta=" in said(trust_region="dppo", cppo_delta=9.5 * mismatch)[1][0]
 
 

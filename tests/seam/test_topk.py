@@ -1,8 +1,12 @@
 import functools
 import math
+import string
+from pathlib import Path
 
 import pytest
 import torch
+import trl
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     CohereConfig,
@@ -21,6 +25,7 @@ from tests.conftest import (
     COMPLETION,
     VOCABULARY,
     FakeEngine,
+    character_tokenizer,
     full_log_softmax,
     full_logps,
     gradients,
@@ -31,6 +36,7 @@ from tests.conftest import (
 )
 from tests.reference import algorithm_1, clipped_quantile, reduced
 
+NOISE = 0.1  # nats, of the engine's log-prob of a sampled token
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 
 
@@ -60,18 +66,65 @@ CASES += [
     ("qwen3", {"bf16": True, "cast_lm_head_to_fp32": True}),
     ("qwen3", {"bf16": True}),
 ]
+NOISY = {"use_vllm": True, "cppo_topk_source": "policy"}
+CASES += [
+    ("qwen3", NOISY),
+    ("qwen3", {**NOISY, "vllm_mode": "server"}),
+    ("qwen3", {**NOISY, "peft": LORA, "beta": 0.1}),
+    ("qwen3", {**NOISY, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "num_iterations": 2}),
+    ("qwen3", {**NOISY, "bf16": True, "cast_lm_head_to_fp32": True}),
+    ("qwen3", {**NOISY, "rollout_func": True}),
+    ("qwen3", {"cppo_topk_source": "policy"}),
+]
+
+
+class NoisyEngine(FakeEngine):
+    """Random responses with noise on the log-probs; it is asked for the sampled token's alone."""
+
+    def __init__(self, model=None, **kwargs):
+        super().__init__(model, None)
+        self.g, self.vllm_client = torch.Generator().manual_seed(0), self
+
+    def get_server_info(self):
+        return {"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 0}}
+
+    def sync_weights(self):
+        pass
+
+    def random(self, high, size=()):
+        return torch.randint(2, high, size, generator=self.g)
+
+    def respond(self, prompts):
+        return [self.random(VOCABULARY, (self.random(COMPLETION),)).tolist() for _ in prompts]
+
+    def generate(self, prompts, **kwargs):
+        assert self.logprobs == 0
+        self.completions = self.respond(prompts)
+        *answers, logps, ids = super().generate(prompts)
+        noisy = [[[p + NOISE * torch.randn((), generator=self.g).item() for p in x] for x in row] for row in logps]
+        return *answers, noisy, ids
+
+    def rollout_func(self, prompts, trainer):
+        ids, answers, logps, _ = self.generate([trainer.processing_class(p)["input_ids"] for p in prompts])
+        return {"prompt_ids": ids, "completion_ids": answers, "logprobs": [[p for (p,) in row] for row in logps]}
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
-def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
-    """Through rollout, shuffle, split, accumulation and updates, against two models run in full."""
+def test_divergence_equals_that_of_full_logits(make_trainer, monkeypatch, name, fields):
+    """Through rollout, shuffle, split, accumulation and updates, against two models run in full.
+
+    With an engine that is noisy, the divergence is still from the trained model; the ratio is from the engine.
+    """
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", NoisyEngine)
+    model, noisy = MODELS[name](), "use_vllm" in fields
     fields = {"cppo_divergence": "topk_tv", "learning_rate": 1e-2, "per_device_train_batch_size": 4, **fields}
     fields = {"cppo_topk": 5, **fields} if "cppo_topk" not in fields else fields
     fields = {"steps_per_generation": 4, **fields} if "steps_per_generation" not in fields else fields
+    own = {"rollout_func": NoisyEngine(model).rollout_func} if fields.pop("rollout_func", False) else {}
     peft = fields.pop("peft", None)
     temperature, k = fields.get("temperature", 1.0), fields["cppo_topk"]
     kind = fields["cppo_divergence"].removeprefix("topk_")
-    seen, compared = [], []
+    seen, compared, errors_of_ratio = [], [], []
 
     def log_softmax(model, batch):
         with torch.no_grad():
@@ -88,6 +141,9 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
             self.batch = inputs
             return super()._compute_loss(model, inputs)
 
+        def anchor(self, b, t, sampled):
+            return self.batch["old_per_token_logps" if noisy else "mu"][(b, t) if noisy else (b, t, sampled)]
+
         def get_off_policy_mask(self, **inputs):
             pi, mu = log_softmax(self.model, self.batch), self.batch["mu"]
             for b, t in self.batch["completion_mask"].nonzero().tolist():
@@ -95,9 +151,10 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
                 expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, k, kind)
                 seen.append(self._loss.divergence[b, t].item())
                 compared.append(expected)
+                errors_of_ratio.append(self._loss.log_ratio[b, t] - pi[b, t, sampled] + self.anchor(b, t, sampled))
             return super().get_off_policy_mask(**inputs)
 
-    trainer = make_trainer(Spy, model=MODELS[name](), max_steps=6, trainer={"peft_config": peft}, **fields)
+    trainer = make_trainer(Spy, model=model, max_steps=6, trainer={"peft_config": peft, **own}, **fields)
     trainer.train()
     assert max(compared) > (0.003 if peft else 0.02)
     # logits of a bf16 head are rounded, in the reference as well
@@ -108,6 +165,10 @@ def test_divergence_equals_that_of_full_logits(make_trainer, name, fields):
     history = [h for h in trainer.state.log_history if "cppo/divergence/mean" in h]
     assert history[0]["cppo/rollout_mismatch"] < 1e-6  # right after the rollout, with unchanged weights
     assert "cppo/rollout_mismatch" not in history[1]
+    assert max(abs(x) for x in errors_of_ratio) < (0.1 if fields.get("bf16") else 1e-5)
+    expected = NOISE * math.sqrt(2 / math.pi) if noisy else 0.0
+    assert history[0]["cppo/rollout_mismatch_nats"] == pytest.approx(expected, rel=0.2, abs=1e-6)
+    assert history[0]["cppo/masked"] == 0
     assert k / VOCABULARY < history[0]["cppo/topk_mass"] <= 1 + 1e-5
 
 
@@ -209,6 +270,86 @@ def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
 def test_rollouts_without_topk_are_refused(make_trainer, name):
     with pytest.raises(ValueError, match=f"{name} with cppo_divergence='topk_tv'"):
         make_trainer(cppo_divergence="topk_tv", trainer={name: [print]})
+
+
+def test_a_rollout_func_that_says_that_it_lags_is_refused(make_trainer):
+    def lagging(prompts, trainer):
+        raise AssertionError
+
+    lagging.lag = 1
+    with pytest.raises(ValueError, match=r"rollout_func\.lag says that it samples from older weights"):
+        make_trainer(cppo_divergence="topk_tv", cppo_topk_source="policy", trainer={"rollout_func": lagging})
+    make_trainer(trainer={"rollout_func": lagging})
+
+
+def plus(a: int, b: int) -> int:
+    """Add.
+
+    Args:
+        a: a number.
+        b: another.
+    """
+    return a + b
+
+
+def test_tools(make_trainer, monkeypatch):
+    """Some responses have two turns and a tool's tokens between them: D_t is that of full logits on all but those."""
+    tokenizer = character_tokenizer(["<pad>", "<eos>", *string.printable])
+    tokenizer.chat_template = Path(trl.__path__[0], "chat_templates/qwen3.jinja").read_text()
+    call = '<tool_call>\n{"name": "plus", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
+    errors, by_tool, moved = [], [], []
+
+    class Engine(NoisyEngine):
+        turn = 0
+
+        def respond(self, prompts):
+            self.turn += 1
+            answers = super().respond(prompts)
+            calls = self.turn % 2  # the second answer makes none
+            return [tokenizer(call)["input_ids"] if calls and i % 3 else x for i, x in enumerate(answers)]
+
+    class Spy(CPPOTrainer):
+        def _generate_and_score_completions(self, inputs):
+            output = super()._generate_and_score_completions(inputs)
+            with torch.no_grad():
+                return {**output, "mu": full_log_softmax(self.model, output)}
+
+        def _compute_loss(self, model, inputs):
+            self.batch = inputs
+            return super()._compute_loss(model, inputs)
+
+        def get_off_policy_mask(self, **inputs):
+            with torch.no_grad():
+                pi, mu = full_log_softmax(self.model, self.batch), self.batch["mu"]
+            for b, t in inputs["mask"].nonzero().tolist():
+                sampled = self.batch["completion_ids"][b, t].item()
+                expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, 5, "tv")
+                errors.append(abs(self._loss.divergence[b, t].item() - expected))
+                moved.append(expected)
+            by_tool.append((self.batch["completion_mask"].sum() - inputs["mask"].sum()).item())
+            return super().get_off_policy_mask(**inputs)
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Engine)
+    trainer = make_trainer(
+        Spy,
+        model=tiny_model(vocab_size=len(tokenizer)),
+        data=Dataset.from_list([{"prompt": [{"role": "user", "content": "3+4="}]}] * 16),
+        reward=lambda completions, **kwargs: [float(len(str(x)) % 7) for x in completions],
+        trainer={"tools": [plus], "processing_class": tokenizer},
+        cppo_divergence="topk_tv",
+        cppo_topk=5,
+        cppo_topk_source="policy",
+        use_vllm=True,
+        vllm_mode="server",
+        max_completion_length=300,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["tools/call_frequency"] > 0.5
+    assert min(by_tool) > 20
+    assert max(errors) < 3e-6
+    assert max(moved) > 0.02
+    assert trainer.state.log_history[0]["cppo/rollout_mismatch"] < 1e-6
 
 
 def test_more_tokens_than_the_vocabulary_has_are_refused(make_trainer):

@@ -142,6 +142,7 @@ TOPK_RUNS = {
     "temperature": {"cppo_topk": 10, "temperature": 0.7},
     "tied": {"tied": True},
     "lora": {"peft": LORA},
+    "policy": {"cppo_topk_source": "policy", "cppo_topk": 40, **SCHEDULE},
     "truncated": {
         "cppo_topk": 5,
         "mask_truncated_completions": True,
@@ -161,6 +162,9 @@ def test_binary(colocate, fields):
 def test_topk(colocate, fields):
     trainer = colocate(Spy, **{"cppo_divergence": "topk_tv", **fields})
     check_run(trainer)
+    if fields.get("cppo_topk_source"):
+        assert trainer.vllm_generation.logprobs == 0  # nothing but the sampled token's is asked for
+        return
     errors, beyond = zip(*(check_topk(batch, trainer.args.cppo_topk) for batch in trainer.rollouts), strict=True)
     assert sum(beyond) > 10
     print(f"largest difference of a listed log-prob {max(errors):.1e}; sampled beyond K: {sum(beyond)}")

@@ -11,12 +11,19 @@ from tests.vllm.test_colocate import SCHEDULE, Spy, check_run, check_topk
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+KINDS = {
+    "binary": {},
+    "topk": {"cppo_divergence": "topk_tv"},
+    "policy": {"cppo_divergence": "topk_tv", "cppo_topk_source": "policy", "cppo_topk": 40},
+}
+
+
 @pytest.mark.parametrize("fields", [{}, SCHEDULE], ids=["two updates", "two passes"])
-@pytest.mark.parametrize("kind", ["binary_tv", "topk_tv"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_server(with_server, kind, fields):
-    trainer = with_server(Spy, cppo_divergence=kind, **fields)
+    trainer = with_server(Spy, **KINDS[kind], **fields)
     check_run(trainer)
-    if kind == "topk_tv":
+    if kind == "topk":
         assert sum(check_topk(batch, 20)[1] for batch in trainer.rollouts) > 10
 
 
