@@ -20,10 +20,10 @@ from trl.experimental.async_grpo.async_rollout_worker import AsyncRolloutWorker
 
 from cppo_trl.asynchronous.config import AsyncCPPOConfig
 from cppo_trl.asynchronous.loss import TOLERANCE, PackedLoss
-from cppo_trl.asynchronous.samples import StampedCollator, StampedQueue, staleness_scalars
+from cppo_trl.asynchronous.samples import StampedCollator, StampedQueue, seeded, staleness_scalars
 from cppo_trl.metrics import summarize
-from cppo_trl.output.callbacks import WriteRun
-from cppo_trl.output.checkpoints import RunError
+from cppo_trl.output.callbacks import WriteRun, shorten_console
+from cppo_trl.output.checkpoints import ExactResume, RunError
 from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
 from cppo_trl.seam.state import UpdateLedger
@@ -71,9 +71,12 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
         self._staleness_bins = (args.max_staleness + 1) * args.weight_sync_steps + 1
         self._engine_check = checks.EngineCheck(args, self.accelerator.is_main_process)
         self.add_callback(WriteRun)
+        self.add_callback(ExactResume)
+        shorten_console(self.callback_handler.callbacks)
         if not self.accelerator.is_main_process:
             return
         if isinstance(self.rollout_worker, AsyncRolloutWorker):
+            self.rollout_worker._loop_cls = partial(seeded, self.rollout_worker._loop_cls, args.seed)
             self.vllm_client.wait_for_server_ready()
             checks.check_server(self.vllm_client.get_server_info(), topk=0)
         self.rollout_queue = StampedQueue(
