@@ -64,6 +64,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
                 f"args must be a cppo_trl.AsyncCPPOConfig; got {type(args).__name__}. It takes the same fields."
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
+        checks.keep_fp32_outputs(self.accelerator)
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity
         self._update = UpdateLedger()
         self._updates_at: dict[int, int] = {}  # updates made when a version of the weights was published
