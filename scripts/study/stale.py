@@ -24,7 +24,7 @@ from cppo_trl.evaluation import evaluate
 from cppo_trl.output.run_files import versions, whole_lines
 from cppo_trl.rewards import accuracy_reward
 
-TERMS, HELD_OUT, UPDATES, LEARNING_RATE, IN_FLIGHT = 6, 256, 50, 3e-3, 160
+TERMS, HELD_OUT, UPDATES, LEARNING_RATE, IN_FLIGHT = 6, 256, 50, 1.5e-3, 160
 RULES: dict[str, dict[str, Any]] = {"cppo": {"cppo_delta": 0.05, "cppo_delta_b": 0.005}, "grpo": {}, "none": {}}
 """The quickstart's thresholds: the paper's are made for a vocabulary of 150,000."""
 SERVER = (
@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rules", nargs="+", default=list(RULES))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     options = parser.parse_args()
