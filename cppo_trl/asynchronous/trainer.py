@@ -65,6 +65,8 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         checks.keep_fp32_outputs(self.accelerator)
+        if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
+            self._name, self._paper = args.rule.source.split(",")[0], {}
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity
         self._update = UpdateLedger()
         self._updates_at: dict[int, int] = {}  # updates made when a version of the weights was published
