@@ -1,9 +1,11 @@
 """What staleness does to each rule: a small model, a real vLLM server, continuous rollouts.
 
-    python -m scripts.study.stale --work outputs/stale --output docs/results/async.jsonl
+    PYTHONPATH=. .venv-vllm/bin/python scripts/study/stale.py --work outputs/stale --output docs/results/async.jsonl
+    .venv/bin/python scripts/study/stale.py --output docs/results/async.jsonl --figure docs/figures/async.png
 
-Runs on a CPU, in the environment of ``make test-vllm``, with that suite's server and its plain attention in place of
-TRL's FlashAttention-3 kernel. A line for each run; finished ones are kept. docs/async.md says what came out.
+Runs on a CPU, in the environment of ``make test-vllm`` (which sets variables, too), with that suite's server and its
+plain attention in place of TRL's FlashAttention-3 kernel. A line for each run; finished ones are kept. ``--figure``
+draws what there is and prints the table. docs/async.md says what came out.
 """
 
 import argparse
@@ -138,30 +140,94 @@ def summary(logs: Sequence[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """In markdown, means over the seeds."""
+    lines = ["| | reward, updates 1-10 → 41-50 | greedy | sampled | masked |", "|---|---|---|---|---|"]
+    for rule in ("warm start", *RULES):
+        runs = [row for row in rows if row["rule"] == rule]
+        if not runs:
+            continue
+
+        def over(values: Sequence[float]) -> str:
+            spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+            return f"{sum(values) / len(values):.2f}{spread}"
+
+        cells = [over([run["accuracy"][name] for run in runs]) for name in ("greedy", "sampled")]
+        if rule in RULES:
+            ends = [over([sum(part) / len(part) for part in parts]) for parts in zip(*map(_ends, runs), strict=True)]
+            masked = sum(run["means"]["cppo/masked"] for run in runs) / len(runs)
+            lines.append(f"| {rule} | {' → '.join(ends)} | {' | '.join(cells)} | {masked:.1%} |")
+        else:
+            lines.append(f"| {rule} | | {' | '.join(cells)} | |")
+    return "\n".join(lines)
+
+
+def _ends(run: dict[str, Any]) -> tuple[list[float], list[float]]:
+    return run["rewards"][:10], run["rewards"][-10:]
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the training reward, and the share masked by staleness."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (not where vLLM is)
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    rewards, shares = figure.subplots(1, 2)
+    for rule, colour in zip(RULES, ("C0", "C1", "C3"), strict=True):
+        runs = [row for row in rows if row["rule"] == rule]
+        smooth = [[sum(run["rewards"][i : i + 5]) / 5 for i in range(len(run["rewards"]) - 4)] for run in runs]
+        for curve in smooth:
+            rewards.plot(range(5, len(curve) + 5), curve, color=colour, alpha=0.3, linewidth=1)
+        mean = [sum(values) / len(values) for values in zip(*smooth, strict=True)]
+        rewards.plot(range(5, len(mean) + 5), mean, color=colour, linewidth=2, label=rule)
+        masked = {k: [run["means"].get(f"cppo/staleness_{k}/masked") for run in runs] for k in range(1, 9)}
+        known = {k: [value for value in values if value is not None] for k, values in masked.items()}
+        shares.plot(
+            known, [100 * sum(values) / len(values) for values in known.values()], "o-", color=colour, label=rule
+        )
+    rewards.set(xlabel="update", ylabel="reward (mean of 5 updates)", ylim=(0, 1))
+    shares.set(xlabel="updates between sampling and use", ylabel="% of tokens masked")
+    for axes in (rewards, shares):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Make the runs that are missing."""
-    from tests.asynchronous.conftest import run_on_the_cpu  # noqa: PLC0415 (the spawned worker has no use for them)
-    from tests.vllm.conftest import Server, running  # noqa: PLC0415
-
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("outputs/stale"))
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--figure", type=Path)
     parser.add_argument("--rules", nargs="+", default=list(RULES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--updates", type=int, default=UPDATES)
     parser.add_argument("--learning_rate", type=float, default=LEARNING_RATE)
     options = parser.parse_args()
-    task(options.work)
+    finished = list(whole_lines(options.output))
+    if options.figure:
+        draw(finished, options.figure)
+        return print(table(finished))
+    _, test = task(options.work)
     tokenizer().save_pretrained(options.work / "model")
+    from tests.asynchronous.conftest import run_on_the_cpu  # noqa: PLC0415 (the spawned worker has no use for them)
+    from tests.vllm.conftest import Server, running  # noqa: PLC0415
+
     run_on_the_cpu(setattr)
-    finished = {(row["rule"], row["seed"]) for row in whole_lines(options.output)}
+    done = {(row["rule"], row["seed"]) for row in finished}
+    if ("warm start", 0) not in done:
+        model = AutoModelForCausalLM.from_pretrained(options.work / "model")
+        write({"rule": "warm start", "seed": 0, "accuracy": accuracy(model, test, seed=0)}, options.output)
     with running(Server(options.work, SERVER, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")) as server:
         for seed in options.seeds:
             for rule in options.rules:
-                if (rule, seed) not in finished:
-                    row = run(rule, seed, options.work, server.address, options)
-                    with options.output.open("a") as file:
-                        print(json.dumps(row), file=file)
+                if (rule, seed) not in done:
+                    write(run(rule, seed, options.work, server.address, options), options.output)
+
+
+def write(row: dict[str, Any], path: Path) -> None:
+    """Append a line."""
+    with path.open("a", encoding="utf-8") as file:
+        print(json.dumps(row), file=file)
 
 
 if __name__ == "__main__":
