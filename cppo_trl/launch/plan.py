@@ -19,14 +19,7 @@ from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.evaluation.command import require_model
 from cppo_trl.evaluation.problems import check_benchmarks
 from cppo_trl.launch import recipes
-from cppo_trl.launch.training import (
-    CPPOScriptArguments,
-    RunConfig,
-    dataset_names,
-    load_data,
-    parse_arguments,
-    refuse_when_asynchronous,
-)
+from cppo_trl.launch.training import CPPOScriptArguments, RunConfig, dataset_names, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
 from cppo_trl.rules import import_object
 from cppo_trl.seam.checks import missing_packages
@@ -103,7 +96,7 @@ def dry_run(arguments: Sequence[str]) -> Plan:
         rows["GPU memory"] = f"{gib:.1f} GiB for weights, gradients and AdamW; activations and generation come on top"
         if own.gpu_memory_gb and gib > own.gpu_memory_gb:
             notes.append(f"weights, gradients and AdamW alone ({gib:.0f} GiB) exceed {own.gpu_memory_gb:g} GB")
-    problems = [*_refusals(script, config, model, mixture), *_conflicts(config, model, layout, architecture)]
+    problems = [*_refusals(script, config, mixture), *_conflicts(config, model, layout, architecture)]
     return Plan(config, layout, rows, notes, list(dict.fromkeys(problems)))
 
 
@@ -219,12 +212,9 @@ def _missing_here(
     return notes
 
 
-def _refusals(
-    script: CPPOScriptArguments, config: RunConfig, model: ModelConfig, mixture: DatasetMixtureConfig
-) -> Iterator[str]:
+def _refusals(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
     """What `train` would refuse, as far as it is known without the Hub."""
     checks: list[partial[Any]] = [partial(import_object, path, "reward_funcs") for path in script.reward_funcs]
-    checks.append(partial(refuse_when_asynchronous, script, config, model))
     if script.eval_benchmarks:
         checks.append(partial(check_benchmarks, script.eval_benchmarks))
     checks.append(partial(checkpoint_to_resume, config.output_dir, config.resume_from_checkpoint, False))

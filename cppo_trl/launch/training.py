@@ -105,14 +105,28 @@ def parse_arguments(
         attributes: of the configuration's class, in place of its own.
 
     Raises:
-        ValueError: as `cppo_trl.launch.parsing.parse`.
+        ValueError: as `cppo_trl.launch.parsing.parse`, or for what an asynchronous run cannot do.
     """
     kinds = list(argument_types(args))
     kinds[1] = type(f"{kinds[1].__name__}OfRun", (kinds[1],), attributes) if attributes else kinds[1]
     script, config, model, mixture = parse(kinds, args)
     if script.asynchronous:
         model.dtype = config.dtype
+        _refuse(script, config, model)
     return script, config, model, mixture
+
+
+def _refuse(script: CPPOScriptArguments, config: RunConfig, model: ModelConfig) -> None:
+    """Refuse what an asynchronous run cannot do."""
+    for name, given, why in (
+        ("eval_benchmarks", script.eval_benchmarks, "evaluate its checkpoints with cppo-trl evaluate"),
+        ("eval_strategy", config.eval_strategy != "no", "evaluate its checkpoints with cppo-trl evaluate"),
+        ("load_in_8bit", model.load_in_8bit, "the server would sample from other weights"),
+        ("load_in_4bit", model.load_in_4bit, "the server would sample from other weights"),
+        ("attn_implementation", model.attn_implementation, "leave it out, as TRL brings its own for packed rows"),
+    ):
+        if given:
+            raise ValueError(f"{name} does not go with asynchronous: true: {why}.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -156,13 +170,11 @@ def train(
     Raises:
         ValueError: if no dataset, model or reward is named, a dataset lacks a column or has fewer rows than a rollout
             has prompts, or ``output_dir`` cannot be written to, is being written to by another run, or holds
-            checkpoints of an earlier run that ``resume_from_checkpoint`` does not continue, or an asynchronous run is
-            asked for what only others can do.
+            checkpoints of an earlier run that ``resume_from_checkpoint`` does not continue.
         RunError: if the Hub refuses, the loss or a weight is not finite, saving fails, or the server of an
             asynchronous run dies.
     """
     check_trl()
-    refuse_when_asynchronous(script, config, model)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path must name a model on the Hub or a local directory.")
     main_process = config.process_index == 0
@@ -198,24 +210,11 @@ def train(
     return trainer
 
 
-def refuse_when_asynchronous(script: CPPOScriptArguments, config: RunConfig, model: ModelConfig) -> None:
-    """Refuse what an asynchronous run cannot do, with a ValueError."""
-    for name, given, fix in (
-        ("eval_benchmarks", script.eval_benchmarks, "evaluate its checkpoints with cppo-trl evaluate"),
-        ("eval_strategy", config.eval_strategy != "no", "evaluate its checkpoints with cppo-trl evaluate"),
-        ("load_in_8bit", model.load_in_8bit, "the server would sample from other weights"),
-        ("load_in_4bit", model.load_in_4bit, "the server would sample from other weights"),
-        ("attn_implementation", model.attn_implementation, "leave it out, as TRL brings its own for packed rows"),
-    ):
-        if script.asynchronous and given:
-            raise ValueError(f"{name} does not go with asynchronous: true: {fix}.")
-
-
 def _with_loading(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The configuration with what ``from_pretrained`` takes of `trl.ModelConfig`."""
     loading = {name: getattr(model, name) for name in ("attn_implementation", "dtype")}
     if not isinstance(config, CPPOConfig):
-        del loading["attn_implementation"]  # TRL gives its own, and refuse_when_asynchronous has refused another
+        del loading["attn_implementation"]  # TRL gives its own
     config = copy.copy(config)
     config.model_init_kwargs = {"revision": model.model_revision, **loading, **(config.model_init_kwargs or {})}
     return config
@@ -287,8 +286,7 @@ def load_data(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMi
         columns = data[split].column_names
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"Split {split!r} has no column 'prompt'; it has {columns}. Rename another to it.")
-    texts = columns is not None and isinstance(next(iter(data[script.dataset_train_split]))["prompt"], str)
-    if script.asynchronous and texts:
+    if script.asynchronous and isinstance(next(iter(data[script.dataset_train_split]))["prompt"], str):
         raise ValueError("The column 'prompt' holds texts: with asynchronous: true it must hold messages.")
     require_rows(data[script.dataset_train_split], config)
     rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
