@@ -182,7 +182,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
         masked = {k: [run["means"].get(f"cppo/staleness_{k}/masked") for run in runs] for k in range(1, 9)}
         known = {k: [value for value in values if value is not None] for k, values in masked.items()}
         shares.plot(
-            known, [100 * sum(values) / len(values) for values in known.values()], "o-", color=colour, label=rule
+            list(known), [100 * sum(values) / len(values) for values in known.values()], "o-", color=colour, label=rule
         )
     rewards.set(xlabel="update", ylabel="reward (mean of 5 updates)", ylim=(0, 1))
     shares.set(xlabel="updates between sampling and use", ylabel="% of tokens masked")
