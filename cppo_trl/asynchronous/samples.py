@@ -1,5 +1,6 @@
 """Samples on their way from the rollout queue to the loss: how old they are, and their rows."""
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,12 @@ import torch
 from torch import Tensor
 
 _STAMP = "sampled_at"
+
+
+def seeded(loop: Callable[..., Any], seed: int, **kwargs: Any) -> Any:
+    """TRL's loop in the process of its rollout worker, which draws a seed for each request from Python's generator."""
+    random.seed(f"{seed} {kwargs['dataset_start_index']}")  # a resumed run draws others
+    return loop(**kwargs)
 
 
 class StampedQueue:

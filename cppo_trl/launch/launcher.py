@@ -51,7 +51,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         ValueError: for a flag that neither has.
     """
-    parser = FieldParser(training.ARGUMENT_TYPES)
+    parser = FieldParser(training.argument_types(arguments))
     fields = set(parser._option_string_actions)
     parser.add_argument("--config")
     _, launch = parser.parse_known_args(list(arguments))

@@ -29,16 +29,22 @@ def refuse(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def parse(types: Sequence[type[Any]], arguments: Sequence[str] | None = None, prog: str | None = None) -> Any:
+def parse(
+    types: Sequence[type[Any]],
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
+    others: bool = False,
+) -> Any:
     """Parse ``--config``, a file or the name of a recipe, and fields, which take precedence, into dataclasses.
 
     Args:
         types: the dataclasses.
         arguments: the command line; None for this process's own.
         prog: the command, for ``--help``.
+        others: leave fields that none of them has alone.
 
     Returns:
-        A tuple with one instance of each.
+        A tuple with one instance of each; with ``others``, what is left as well.
 
     Raises:
         ValueError: for a file that is missing or not YAML, an unknown field, a value of the wrong type, or one that a
@@ -50,7 +56,7 @@ def parse(types: Sequence[type[Any]], arguments: Sequence[str] | None = None, pr
         given[place] = recipes.find(given[place], recipes.recipes(), "--config")
     known = [field.name for kind in types for field in fields(kind)]
     try:
-        return FieldParser(types, prog).parse_args_and_config(given)
+        return FieldParser(types, prog).parse_args_and_config(given, return_remaining_strings=others)
     except OSError as error:
         raise ValueError(f"--config: cannot read {error.filename} ({error.strerror}).") from error
     except IndexError as error:

@@ -19,7 +19,7 @@ from cppo_trl.config import CPPOConfig, in_columns
 from cppo_trl.evaluation.command import require_model
 from cppo_trl.evaluation.problems import check_benchmarks
 from cppo_trl.launch import recipes
-from cppo_trl.launch.training import CPPOScriptArguments, dataset_names, load_data, parse_arguments
+from cppo_trl.launch.training import CPPOScriptArguments, RunConfig, dataset_names, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
 from cppo_trl.rules import import_object
 from cppo_trl.seam.checks import missing_packages
@@ -55,7 +55,7 @@ class Plan:
         problems: what cannot work.
     """
 
-    config: CPPOConfig
+    config: RunConfig
     layout: Layout
     rows: dict[str, str]
     notes: list[str]
@@ -86,8 +86,7 @@ def dry_run(arguments: Sequence[str]) -> Plan:
     """
     own, rest = dry_run_parser().parse_known_args(arguments)
     layout = read_layout(own.accelerate_config, own.num_processes)
-    planned = type("PlannedConfig", (CPPOConfig,), {"world_size": layout.processes})
-    script, config, model, mixture = parse_arguments([*rest, "--use_cpu", "true"], config_type=planned)
+    script, config, model, mixture = parse_arguments([*rest, "--use_cpu", "true"], world_size=layout.processes)
     architecture = architecture_of(model.model_name_or_path)
     rows, notes = _rows(script, config, model, mixture, layout), _missing_here(config, mixture, script, layout)
     if architecture is None:
@@ -182,28 +181,37 @@ def server_topk_bytes(config: CPPOConfig) -> int:
 
 
 def _rows(
-    script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, mixture: DatasetMixtureConfig, layout: Layout
+    script: CPPOScriptArguments, config: RunConfig, model: ModelConfig, mixture: DatasetMixtureConfig, layout: Layout
 ) -> dict[str, str]:
     batch, accumulated = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    updates = f"{config.max_steps} updates = {config.max_steps / config.updates_per_rollout:g} rollouts"
-    engine = f"vLLM ({config.vllm_mode})" if config.use_vllm else "transformers generation"
-    most = config.generation_batch_size * config.max_completion_length
+    updates, temperature = f"{config.max_steps} updates", f"temperature {config.temperature:g}"
+    update = f"({batch} x {layout.processes} processes x {accumulated} accumulated)"
+    if isinstance(config, CPPOConfig):
+        updates += f" = {config.max_steps / config.updates_per_rollout:g} rollouts"
+        engine = f"vLLM ({config.vllm_mode})" if config.use_vllm else "transformers generation"
+        most = config.generation_batch_size * config.max_completion_length
+        rollouts = f"{engine}, at most {most:,} tokens, {temperature}"
+        update = f"{batch * layout.processes * accumulated} responses, shuffled over the rollout's prompts {update}"
+    else:
+        rollouts = f"a vLLM server, {config.num_generations} responses a prompt, {temperature}"
+        budget = config.token_budget or "the server's max-model-len in"
+        filled = f"{batch} responses" if str(budget).startswith("-") else f"at most {budget} tokens"
+        update = f"{layout.processes} processes x {accumulated} accumulated rows of {filled}"
     return {
         "model": f"{model.model_name_or_path}, {model.dtype or 'float32'} weights, "
         + (f"LoRA of rank {model.lora_r}" if model.use_peft else "all of them trained"),
         "data": f"{', '.join(dataset_names(script, mixture))}, split {script.dataset_train_split}",
         "processes": f"{layout.processes} ({layout.sharding})",
         **config.schedule(),
-        "an update": f"{batch * layout.processes * accumulated} responses, shuffled over the rollout's prompts "
-        f"({batch} x {layout.processes} processes x {accumulated} accumulated)",
+        "an update": update,
         "run": updates if config.max_steps > 0 else f"{config.num_train_epochs:g} epochs",
-        "rollouts by": f"{engine}, at most {most:,} tokens, temperature {config.temperature:g}",
+        "rollouts by": rollouts,
         "learning rate": f"{config.learning_rate:g} ({config.lr_scheduler_type.value}), {config.optim.value}",
     }
 
 
 def _missing_here(
-    config: CPPOConfig, mixture: DatasetMixtureConfig, script: CPPOScriptArguments, layout: Layout
+    config: RunConfig, mixture: DatasetMixtureConfig, script: CPPOScriptArguments, layout: Layout
 ) -> list[str]:
     """What the run needs and is missing on this machine only."""
     notes = missing_packages(config, layout.sharding)
@@ -217,7 +225,7 @@ def _missing_here(
     return notes
 
 
-def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
+def _refusals(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMixtureConfig) -> Iterator[str]:
     """What `train` would refuse, as far as it is known without the Hub."""
     checks: list[partial[Any]] = [partial(import_object, path, "reward_funcs") for path in script.reward_funcs]
     if script.eval_benchmarks:
@@ -233,9 +241,18 @@ def _refusals(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetM
 
 
 def _conflicts(
-    config: CPPOConfig, model: ModelConfig, layout: Layout, architecture: PretrainedConfig | None
+    config: RunConfig, model: ModelConfig, layout: Layout, architecture: PretrainedConfig | None
 ) -> Iterator[str]:
     """Settings that exclude each other, the model, or the layout."""
+    if not model.model_name_or_path:
+        yield "model_name_or_path must name a model on the Hub or a local directory"
+    if not isinstance(config, CPPOConfig):
+        context, longest = getattr(architecture, "max_position_embeddings", None), config.max_completion_length
+        if context is not None and longest >= context:
+            yield f"max_completion_length={longest} exceeds the model's context of {context}: lower it"
+        if layout.sharding.startswith("zero"):
+            yield f"TRL's asynchronous trainer knows DDP and FSDP2, not {layout.sharding}: take an fsdp2 file"
+        return
     length, completion = config.vllm_max_model_length, config.max_completion_length
     if config.use_vllm and length is not None and completion >= length:
         yield f"vllm_max_model_length={length} leaves no room for a prompt beside max_completion_length={completion}"
@@ -247,8 +264,6 @@ def _conflicts(
         )
     if config.use_vllm and layout.sharding == "zero3" and not config.ds3_gather_for_generation:
         yield "ds3_gather_for_generation=false cannot be combined with vLLM: set it to true"
-    if not model.model_name_or_path:
-        yield "model_name_or_path must name a model on the Hub or a local directory"
     parallel = config.vllm_tensor_parallel_size if config.use_vllm and config.vllm_mode == "colocate" else 1
     if layout.processes % parallel:
         yield f"vllm_tensor_parallel_size={parallel} does not divide {layout.processes} processes"

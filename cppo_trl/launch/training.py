@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Union
 
 import datasets
 from datasets import load_dataset, load_from_disk
@@ -36,12 +36,20 @@ from cppo_trl.rules import import_object
 from cppo_trl.seam.checks import require_columns, require_rows
 from cppo_trl.trainer import CPPOTrainer, check_trl
 
+if TYPE_CHECKING:
+    from cppo_trl.asynchronous.config import AsyncCPPOConfig
+    from cppo_trl.asynchronous.trainer import AsyncCPPOTrainer
+
+RunConfig = Union[CPPOConfig, "AsyncCPPOConfig"]
+RunTrainer = Union[CPPOTrainer, "AsyncCPPOTrainer"]
+
 
 @dataclass
 class CPPOScriptArguments(ScriptArguments):
     """Arguments of a training run, in addition to `CPPOConfig`, `trl.ModelConfig` and `trl.DatasetMixtureConfig`.
 
     Args:
+        asynchronous: train with `AsyncCPPOTrainer`; `AsyncCPPOConfig` then takes the place of `CPPOConfig`.
         reward_funcs: dotted import paths of reward functions in TRL's signature.
         eval_benchmarks: benchmarks or files to evaluate on during training, as for ``cppo-trl evaluate``. TRL's
             ``eval_strategy`` is independent of it: it needs a split of the dataset, and samples as the rollouts do.
@@ -53,6 +61,9 @@ class CPPOScriptArguments(ScriptArguments):
         eval_template: as ``template`` of ``cppo-trl evaluate``.
     """
 
+    asynchronous: bool = field(
+        default=False, metadata={"help": "Train while a vLLM server generates: the fields are AsyncCPPOConfig's."}
+    )
     reward_funcs: list[str] = field(
         default_factory=lambda: ["cppo_trl.rewards.accuracy_reward"],
         metadata={"help": "Dotted import paths of the reward functions."},
@@ -69,20 +80,53 @@ class CPPOScriptArguments(ScriptArguments):
 ARGUMENT_TYPES = (CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig)
 
 
+@dataclass
+class _AsyncModelConfig(ModelConfig):
+    dtype: str | None = field(default=None, init=False)  # TRL's AsyncGRPOConfig has it as well
+
+
+def argument_types(args: Sequence[str] | None = None) -> tuple[type[Any], ...]:
+    """`ARGUMENT_TYPES`, or those of an asynchronous run where the recipe or the command line asks for one."""
+    script, *_ = parse((CPPOScriptArguments,), args, others=True)
+    if not script.asynchronous:
+        return ARGUMENT_TYPES
+    from cppo_trl.asynchronous.config import AsyncCPPOConfig  # noqa: PLC0415 (TRL warns that it is experimental)
+
+    return (CPPOScriptArguments, AsyncCPPOConfig, _AsyncModelConfig, DatasetMixtureConfig)
+
+
 def parse_arguments(
-    args: Sequence[str] | None = None, config_type: type[CPPOConfig] = CPPOConfig
-) -> tuple[CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig]:
+    args: Sequence[str] | None = None, **attributes: Any
+) -> tuple[CPPOScriptArguments, RunConfig, ModelConfig, DatasetMixtureConfig]:
     """Parse ``--config FILE.yaml`` and command-line fields, which take precedence.
 
     Args:
         args: the command line; None for this process's own.
-        config_type: `CPPOConfig`, or a subclass to create instead.
+        attributes: of the configuration's class, in place of its own.
 
     Raises:
-        ValueError: as `cppo_trl.launch.parsing.parse`.
+        ValueError: as `cppo_trl.launch.parsing.parse`, or for what an asynchronous run cannot do.
     """
-    script, config, model, mixture = parse((CPPOScriptArguments, config_type, ModelConfig, DatasetMixtureConfig), args)
+    kinds = list(argument_types(args))
+    kinds[1] = type(f"{kinds[1].__name__}OfRun", (kinds[1],), attributes) if attributes else kinds[1]
+    script, config, model, mixture = parse(kinds, args)
+    if script.asynchronous:
+        model.dtype = config.dtype
+        _refuse(script, config, model)
     return script, config, model, mixture
+
+
+def _refuse(script: CPPOScriptArguments, config: RunConfig, model: ModelConfig) -> None:
+    """Refuse what an asynchronous run cannot do."""
+    for name, given, why in (
+        ("eval_benchmarks", script.eval_benchmarks, "evaluate its checkpoints with cppo-trl evaluate"),
+        ("eval_strategy", config.eval_strategy != "no", "evaluate its checkpoints with cppo-trl evaluate"),
+        ("load_in_8bit", model.load_in_8bit, "the server would sample from other weights"),
+        ("load_in_4bit", model.load_in_4bit, "the server would sample from other weights"),
+        ("attn_implementation", model.attn_implementation, "leave it out, as TRL brings its own for packed rows"),
+    ):
+        if given:
+            raise ValueError(f"{name} does not go with asynchronous: true: {why}.")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -108,12 +152,12 @@ class _DatasetOnCard(TrainerCallback):
 
 def train(
     script: CPPOScriptArguments,
-    config: CPPOConfig,
+    config: RunConfig,
     model: ModelConfig,
     mixture: DatasetMixtureConfig,
     callbacks: Sequence[TrainerCallback] = (),
     drop_callbacks: Sequence[type[TrainerCallback]] = (),
-) -> CPPOTrainer:
+) -> RunTrainer:
     """Train, and save model, log, curves and card to ``config.output_dir``; `cppo_trl.output.hub.push` uploads them.
 
     ``resume_from_checkpoint`` may be a path, or ``True`` for the last complete checkpoint in ``output_dir`` and a
@@ -127,7 +171,8 @@ def train(
         ValueError: if no dataset, model or reward is named, a dataset lacks a column or has fewer rows than a rollout
             has prompts, or ``output_dir`` cannot be written to, is being written to by another run, or holds
             checkpoints of an earlier run that ``resume_from_checkpoint`` does not continue.
-        RunError: if the Hub refuses, the loss or a weight is not finite, or saving fails.
+        RunError: if the Hub refuses, the loss or a weight is not finite, saving fails, or the server of an
+            asynchronous run dies.
     """
     check_trl()
     if not model.model_name_or_path:
@@ -141,16 +186,20 @@ def train(
         data[script.dataset_train_split].info.dataset_name = ", ".join(dataset_names(script, mixture))
         require_repository(config)
         require_model(model.model_name_or_path)
-        trainer = CPPOTrainer(
-            model.model_name_or_path,
-            rewards,
-            _with_loading(config, model),
-            train_dataset=data[script.dataset_train_split],
-            eval_dataset=data[script.dataset_test_split] if config.eval_strategy != "no" else None,
-            callbacks=[*callbacks, _DatasetOnCard(dataset_names(script, mixture))],
-            quantization_config=get_quantization_config(model),
-            peft_config=get_peft_config(model),
-        )
+        given: dict[str, Any] = {
+            "train_dataset": data[script.dataset_train_split],
+            "callbacks": [*callbacks, _DatasetOnCard(dataset_names(script, mixture))],
+            "peft_config": get_peft_config(model),
+        }
+        config, name = _with_loading(config, model), model.model_name_or_path
+        trainer: RunTrainer
+        if isinstance(config, CPPOConfig):
+            given["eval_dataset"] = data[script.dataset_test_split] if config.eval_strategy != "no" else None
+            trainer = CPPOTrainer(name, rewards, config, **given, quantization_config=get_quantization_config(model))
+        else:
+            from cppo_trl.asynchronous.trainer import AsyncCPPOTrainer  # noqa: PLC0415
+
+            trainer = AsyncCPPOTrainer(name, rewards, config, **given)
         if evaluation:
             trainer.add_callback(EvaluationCallback(trainer, *evaluation, every=script.eval_every))
         for callback in drop_callbacks:
@@ -161,15 +210,17 @@ def train(
     return trainer
 
 
-def _with_loading(config: CPPOConfig, model: ModelConfig) -> CPPOConfig:
+def _with_loading(config: RunConfig, model: ModelConfig) -> RunConfig:
     """The configuration with what ``from_pretrained`` takes of `trl.ModelConfig`."""
     loading = {name: getattr(model, name) for name in ("attn_implementation", "dtype")}
+    if not isinstance(config, CPPOConfig):
+        del loading["attn_implementation"]  # TRL gives its own
     config = copy.copy(config)
     config.model_init_kwargs = {"revision": model.model_revision, **loading, **(config.model_init_kwargs or {})}
     return config
 
 
-def _save(trainer: CPPOTrainer, datasets_on_hub: list[str]) -> None:
+def _save(trainer: RunTrainer, datasets_on_hub: list[str]) -> None:
     with saving(trainer.args.output_dir):
         trainer.save_state()
         trainer.save_model(trainer.args.output_dir, _internal_call=True)  # else it would upload already
@@ -179,7 +230,7 @@ def _save(trainer: CPPOTrainer, datasets_on_hub: list[str]) -> None:
     trainer.accelerator.wait_for_everyone()  # no process exits while the main one writes
 
 
-def _draw_curves(trainer: CPPOTrainer) -> None:
+def _draw_curves(trainer: RunTrainer) -> None:
     try:
         from cppo_trl.report.pictures import plot_curves  # noqa: PLC0415 (needs matplotlib, which is optional)
     except ImportError:
@@ -188,7 +239,7 @@ def _draw_curves(trainer: CPPOTrainer) -> None:
     plot_curves(trainer.state.log_history, path, title=path.absolute().parent.name)
 
 
-def _evaluation(script: CPPOScriptArguments, config: CPPOConfig) -> tuple[list[Problem], Sampling] | None:
+def _evaluation(script: CPPOScriptArguments, config: RunConfig) -> tuple[list[Problem], Sampling] | None:
     """What to evaluate on during training, and how; None without ``eval_benchmarks``."""
     if not script.eval_benchmarks:
         return None
@@ -208,7 +259,7 @@ def _in_cache(name: str) -> bool:
     return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists()
 
 
-def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetMixtureConfig) -> Any:
+def load_data(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMixtureConfig) -> Any:
     """Load the datasets of a run, split by name, and check what training needs of them.
 
     Raises:
@@ -235,6 +286,8 @@ def load_data(script: CPPOScriptArguments, config: CPPOConfig, mixture: DatasetM
         columns = data[split].column_names
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"Split {split!r} has no column 'prompt'; it has {columns}. Rename another to it.")
+    if script.asynchronous and isinstance(next(iter(data[script.dataset_train_split]))["prompt"], str):
+        raise ValueError("The column 'prompt' holds texts: with asynchronous: true it must hold messages.")
     require_rows(data[script.dataset_train_split], config)
     rewards = [import_object(path, "reward_funcs") for path in script.reward_funcs]
     require_columns(data[script.dataset_train_split], rewards)

@@ -86,11 +86,11 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
             )
 
 
-def require_rows(dataset: Any, config: CPPOConfig) -> None:
+def require_rows(dataset: Any, config: Any) -> None:
     """Refuse a run that would make no update.
 
     TRL takes whole rollouts from the dataset, so one with fewer rows than a rollout has prompts trains for zero steps.
-    A dataset without a length (a streamed one) is not checked.
+    A dataset without a length (a streamed one) is not checked; an asynchronous run goes round and round.
 
     Args:
         dataset: the training data, a row per prompt.
@@ -103,6 +103,8 @@ def require_rows(dataset: Any, config: CPPOConfig) -> None:
         raise ValueError("max_steps=0 makes no update: set a number of updates, or -1 for num_train_epochs.")
     if config.max_steps < 0 and config.num_train_epochs <= 0:
         raise ValueError(f"num_train_epochs={config.num_train_epochs:g} makes no update: set max_steps or raise it.")
+    if not isinstance(config, CPPOConfig):
+        return
     prompts = config.generation_batch_size // config.num_generations
     if hasattr(dataset, "__len__") and len(dataset) < prompts:
         raise ValueError(
@@ -114,16 +116,17 @@ def require_rows(dataset: Any, config: CPPOConfig) -> None:
 _EXTRAS = {name: f"cppo-trl[{name}]" for name in ("vllm", "deepspeed", "trackio")}
 
 
-def missing_packages(config: CPPOConfig, sharding: str = "none") -> list[str]:
+def missing_packages(config: Any, sharding: str = "none") -> list[str]:
     """What the run needs and is not installed, with the fix.
 
     Args:
-        config: the run's.
+        config: the run's, synchronous or not.
         sharding: as `cppo_trl.launch.plan.Layout` has it.
     """
     trackers = set(config.report_to) - set(get_available_reporting_integrations())
+    switch = "use_vllm" if isinstance(config, CPPOConfig) else "asynchronous"
     wanted = {
-        "vllm": ("set use_vllm to false", config.use_vllm and not find_spec("vllm")),
+        "vllm": (f"set {switch} to false", getattr(config, switch, True) and not find_spec("vllm")),
         "deepspeed": ("take an fsdp2 file", sharding.startswith("zero") and not find_spec("deepspeed")),
         **dict.fromkeys(sorted(trackers), ("set report_to to none", True)),
     }

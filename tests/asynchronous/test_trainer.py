@@ -1,8 +1,10 @@
 """The asynchronous trainer against TRL's own clip, and against Algorithm 1 on unpacked rows."""
 
+import ast
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,10 @@ from trl.experimental.async_grpo.packing import TreeRow
 
 from cppo_trl import AsyncCPPOConfig, AsyncCPPOTrainer, CPPOConfig
 from cppo_trl.asynchronous import trainer as module
-from cppo_trl.asynchronous.samples import StampedCollator
+from cppo_trl.asynchronous.samples import StampedCollator, seeded
+from cppo_trl.output.callbacks import SHOWN
+from cppo_trl.output.checkpoints import TrainingFinished
+from cppo_trl.seam import checks
 from tests import reference
 from tests.asynchronous.conftest import PROMPT, make_trainer
 
@@ -201,6 +206,28 @@ def test_adapters_of_an_earlier_run_are_unloaded_before_the_first_sync(tmp_path,
     trainer._sync_weight()
     trainer._sync_weight()
     assert unloaded == ["trl-policy-v3", "trl-policy-v4"]
+
+
+def test_what_it_shares_with_the_synchronous_trainer(tmp_path, monkeypatch, capsys):
+    accelerators = []
+    monkeypatch.setattr(checks, "keep_fp32_outputs", accelerators.append)
+    fields = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer = make_trainer(tmp_path, **fields)
+    assert accelerators == [trainer.accelerator]
+    trainer.train()
+    printed = [ast.literal_eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{'loss'")]
+    assert len(printed) == 2
+    assert all("cppo/masked" in row and row.keys() <= SHOWN for row in printed)
+    with pytest.raises(TrainingFinished, match="All 2 updates are made"):
+        make_trainer(tmp_path, **fields).train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-2"))
+
+
+def test_the_seeds_of_the_requests_are_those_of_the_run_and_of_its_place():
+    def drawn(seed, place):
+        return seeded(lambda dataset_start_index: random.getrandbits(63), seed, dataset_start_index=place)
+
+    assert drawn(3, 0) == drawn(3, 0)
+    assert len({drawn(3, 0), drawn(3, 5), drawn(4, 0), drawn(30, 0)}) == 4
 
 
 def test_two_processes_train_as_one_does(tmp_path):

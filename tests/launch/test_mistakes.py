@@ -85,6 +85,36 @@ FIELDS = [  # arguments, message
 ]
 
 
+ASYNCHRONOUS = [
+    ("--max_stalenes 4", "Unknown field: max_stalenes. Did you mean max_staleness?"),
+    ("--cppo_divergence topk_tv", "cppo_divergence='topk_tv': TRL's rollout worker asks for the sampled token's"),
+    ("--use_vllm true", "Unknown field: use_vllm."),
+    ("--eval_benchmarks aime24", "eval_benchmarks does not go with asynchronous: true: evaluate its checkpoints"),
+    ("--load_in_4bit true", "load_in_4bit does not go with asynchronous: true: the server would sample from"),
+    ("--attn_implementation sdpa", "attn_implementation does not go with asynchronous: true: leave it out"),
+    ("--max_steps 0", "max_steps=0 makes no update"),
+    ("--max_completion_length 99999", "max_completion_length=99999 exceeds the model's context of"),
+    ("", "The column 'prompt' holds texts: with asynchronous: true it must hold messages."),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), ASYNCHRONOUS, ids=[" ".join(a.split()[:1]) for a, _ in ASYNCHRONOUS]
+)
+def test_a_wrong_field_of_an_asynchronous_run(arguments, message, run, task, monkeypatch):
+    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: name)
+    if arguments:
+        rows(task, lambda row: row | {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    recipe = task / "async.yaml"
+    recipe.write_text("asynchronous: true\nuse_cpu: true\nbf16: false\nmax_completion_length: 8\n")
+    fields = ["model_name_or_path", str(task / "model"), "dataset_name", str(task / "data"), "output_dir", "out"]
+    flags = [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(fields)]
+    with pytest.raises(SystemExit) as stopped:  # the fixture has removed the weights
+        main(["train", "--config", str(recipe), *flags, "--max_steps", "4", *arguments.split()])
+    (line,) = str(stopped.value.code).strip().splitlines()
+    assert message in line
+
+
 @pytest.mark.parametrize(("arguments", "message"), FIELDS, ids=[arguments for arguments, _ in FIELDS])
 def test_a_wrong_field(arguments, message, run):
     line = run(*arguments.split())

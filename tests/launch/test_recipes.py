@@ -14,6 +14,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from cppo_trl import AsyncCPPOConfig
 from cppo_trl.launch.plan import dry_run, read_layout
 from cppo_trl.rules import RULES
 from tests.conftest import tiny_data, tiny_model
@@ -36,6 +37,10 @@ SINGLE_GPU = {  # recipe: GB of its card
     "qwen3-1.7b/gsm8k-lora/cppo": 24,
     "qwen3-1.7b/gsm8k-lora/no-vllm": 24,
     "qwen3-1.7b/one-gpu/cppo": 80,
+}
+ASYNCHRONOUS = {  # recipe: the layout it is meant for, options of its server
+    "qwen3-1.7b/async-two-gpus/cppo": (None, {"--max-loras": 6, "--max-lora-rank": 16}),
+    "qwen3-8b-base/async-nodes/cppo": ("fsdp2-two-nodes", {"--tensor-parallel-size": 8}),
 }
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -128,8 +133,28 @@ def test_single_gpu_recipes_fit_their_card_and_leave_the_policy_off_the_rollout(
     assert gib_of(plan) < SINGLE_GPU[recipe] / 2
 
 
+@pytest.mark.parametrize("recipe", ASYNCHRONOUS)
+def test_asynchronous_recipes_fit_their_cards_and_their_server(recipe):
+    layout, options = ASYNCHRONOUS[recipe]
+    path = ROOT / f"configs/{recipe}.yaml"
+    plan = plan_of(path, layout, "--gpu_memory_gb", 80)
+    assert plan.problems == []
+    assert isinstance(plan.config, AsyncCPPOConfig)
+    assert not any("exceed" in note for note in plan.notes)
+    header = path.read_text().partition("\nasynchronous: true\n")[0]
+    assert "Not run." in header
+    options |= {"--max-model-len": plan.config.token_budget, "--logprobs-mode": "processed_logprobs"}
+    for text in (header, (path.parent / "README.md").read_text()):
+        for option, value in options.items():
+            assert f"{option} {value}" in text
+    assert plan.config.token_budget >= plan.config.max_completion_length + 1024  # the longest prompt of its data
+    if "--max-loras" in options:  # as TRL's select_adapter_sync asks for
+        assert options["--max-loras"] == plan.config.max_staleness + 2
+
+
 def test_no_recipe_is_left_out():
     listed = {path_of(row[0]) for row in TABLE_3} | {ROOT / f"configs/{name}.yaml" for name in SINGLE_GPU}
+    listed |= {ROOT / f"configs/{name}.yaml" for name in ASYNCHRONOUS}
     listed |= {ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"}  # tests/launch/test_quickstart_llm.py
     assert listed == set(RECIPES)
     assert all((path.parent / "README.md").is_file() for path in RECIPES)
@@ -139,6 +164,7 @@ def test_the_documents_give_the_memory_of_the_dry_run():
     lines = (ROOT / "docs/recipes.md").read_text().splitlines()
     meant = {path_of(row[0]): row[-2] for row in TABLE_3}
     meant |= {ROOT / f"configs/{name}.yaml": None for name in SINGLE_GPU}
+    meant |= {ROOT / f"configs/{name}.yaml": layout for name, (layout, _) in ASYNCHRONOUS.items()}
     for path, layout in meant.items():
         gib = f"{gib_of(plan_of(path, layout)):.1f}"
         (row,) = (line for line in lines if f"`{path.parent.relative_to(ROOT / 'configs')}`" in line)

@@ -1,11 +1,14 @@
 """The asynchronous trainer against a real vLLM server: which weights sampled each token, resume, a dead server."""
 
+import json
 import signal
 import string
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -16,6 +19,7 @@ import trl
 
 from cppo_trl import AsyncCPPOConfig, AsyncCPPOTrainer
 from cppo_trl.asynchronous.file_transfer import FileTransfer
+from cppo_trl.launch.command import main
 from cppo_trl.output.checkpoints import RunError, last_checkpoint
 from tests.asynchronous.conftest import run_on_the_cpu
 from tests.conftest import character_tokenizer, tiny_model
@@ -156,6 +160,36 @@ def test_a_dead_server_ends_the_run_and_the_same_command_goes_on(server, tmp_pat
     fresh = make_trainer(server, tmp_path / "fresh", max_steps=2)
     fresh.train()
     assert fresh.state.global_step == 2
+
+
+def test_a_recipe_trains_against_the_server(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cppo-trl"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    prompts = [[{"role": "user", "content": f"{i}+{i + 1}="}] for i in range(64)]
+    Dataset.from_dict({"prompt": prompts}).to_json(tmp_path / "data/train.jsonl")
+    fields = {
+        "asynchronous": True,
+        "model_name_or_path": str(server.directory / "model"),
+        "use_peft": True,
+        "lora_r": 8,
+    }
+    fields |= {
+        "lora_target_modules": "all-linear",
+        "reward_funcs": ["tests.vllm.test_async.digits"],
+        "report_to": "none",
+    }
+    fields |= {"dataset_name": "data", "output_dir": "out", "max_steps": 3, "per_device_train_batch_size": 8}
+    fields |= {"vllm_server_base_url": server.address, "num_generations": 4, "max_completion_length": 12, "seed": 3}
+    fields |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2, "save_steps": 3}
+    Path("async.yaml").write_text(yaml.safe_dump(fields))
+    main(["train", "--config", "async.yaml"])
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    assert sum("cppo/masked" in row for row in history) == 3
+    assert Path("out/adapter_model.safetensors").is_file()
+    main(["train", "--config", "async.yaml", "--max_steps", "4", "--resume_from_checkpoint", "true"])
+    history = json.loads(Path("out/trainer_state.json").read_text())["log_history"]
+    assert sum("cppo/masked" in row for row in history) == 4
 
 
 def test_with_all_weights_through_a_file_each_token_is_of_one_version(server, tmp_path):  # last: it changes the base
