@@ -31,4 +31,6 @@ def test_twenty_rollouts_by_a_server_raise_the_reward(tmp_path, weights_by_file)
     assert len(history) == ROLLOUTS
     rewards = [row["reward"] for row in history]
     assert sum(rewards[-5:]) > sum(rewards[:5])
-    assert all(row["cppo/rollout_mismatch"] < 1e-4 for row in history)  # fp32 on both sides
+    mismatches = [row["cppo/rollout_mismatch"] for row in history if "cppo/rollout_mismatch" in row]
+    assert len(mismatches) > ROLLOUTS // 2  # missing where the first update had no advantage
+    assert max(mismatches) < 1e-4  # fp32 on both sides
