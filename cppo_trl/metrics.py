@@ -94,8 +94,8 @@ def loss_record(
         The sums named in ``_SUMS``, a histogram of D_t, the sums named in ``_PROFILE`` for each of
         `POSITION_BINS`, then the maxima named in ``_MAXIMA``, as one vector.
     """
-    own, position = mask.int(), mask.long().cumsum(-1)
-    tokens, (parts, ends) = own.float(), _parts(position)
+    own = mask.int()
+    tokens, (parts, ends) = own.float(), _parts(own.cumsum(-1, dtype=torch.int32))
     length = parts[:, -1:]
     ratio = (log_ratio.float() * math.log2(math.e)).exp2_()  # exp takes three times as long on a CPU
     ratio.view(torch.int32).mul_(own)  # as `zero_outside`, in place
@@ -175,12 +175,12 @@ def count_nonfinite_loss(record: Tensor, loss: Tensor) -> None:
 def _parts(position: Tensor) -> tuple[Tensor, Tensor]:
     """For each of `POSITION_BINS` parts of the responses the tokens up to its end, and the place of its last one.
 
-    ``position``, ``(B, T)``, is t on the responses' tokens and stays there behind them. Both results are int64,
+    ``position``, ``(B, T)`` int32, is t on the responses' tokens and stays there behind them. Both results are int64,
     ``(B, POSITION_BINS)``.
     """
     part = torch.arange(1, POSITION_BINS + 1, device=position.device)
     tokens = -(part * -position[:, -1:] // POSITION_BINS)  # rounded up
-    return tokens, torch.searchsorted(position, tokens)
+    return tokens, torch.searchsorted(position, tokens.int())
 
 
 def _profile(parts: Tensor, ends: Tensor, rows: list[Tensor]) -> Tensor:
