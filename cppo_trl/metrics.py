@@ -149,8 +149,8 @@ def _theorem_sums(
 
     ``length`` and ``last``, ``(B, 1)``, are the number of a response's tokens and the place of the last one.
     """
-    held = torch.ge(prefix.left, 0, out=torch.empty_like(tokens)).scatter_(-1, last, 1.0)
-    prefixes = held.mul_(_to_float(within)).mul_(tokens).sum(-1, keepdim=True)
+    held = (prefix.left >= 0).scatter_(-1, last, True).logical_and_(within)
+    prefixes = _to_float(held).mul_(tokens).sum(-1, keepdim=True)
     answered = length > 0
     return {
         "budgeted": answered.sum(),
