@@ -24,8 +24,6 @@ from trl import GRPOTrainer
 
 from cppo_trl.config import CPPOConfig
 from cppo_trl.metrics import summarize
-from cppo_trl.output.callbacks import WriteRun, shorten_console
-from cppo_trl.output.checkpoints import ExactResume
 from cppo_trl.output.run_files import append_tokens
 from cppo_trl.output.tokens import token_records, token_table
 from cppo_trl.output.trainer import GuardedOutput
@@ -108,8 +106,6 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         super().__init__(model, checks.checked(reward_funcs), args, *rest, **kwargs)
         checks.check_model(args, self.model)
         checks.keep_fp32_outputs(self.accelerator)
-        if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
-            self._name, self._paper = args.rule.source.split(",")[0], {}
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours
         self._rollout: Rollout | None = None
@@ -124,9 +120,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         if args.use_vllm and args.vllm_mode == "server" and main:
             info = self.vllm_generation.vllm_client.get_server_info()
             checks.check_server(info, args.cppo_topk if topk_of_engine else 0)
-        self.add_callback(WriteRun)
-        self.add_callback(ExactResume)
-        shorten_console(self.callback_handler.callbacks)
+        self._set_up_output()
         if main:
             self._print_schedule()
 

@@ -22,8 +22,7 @@ from cppo_trl.asynchronous.config import AsyncCPPOConfig
 from cppo_trl.asynchronous.loss import TOLERANCE, PackedLoss
 from cppo_trl.asynchronous.samples import StampedCollator, StampedQueue, seeded, staleness_scalars
 from cppo_trl.metrics import summarize
-from cppo_trl.output.callbacks import WriteRun, shorten_console
-from cppo_trl.output.checkpoints import ExactResume, RunError
+from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
 from cppo_trl.seam.state import UpdateLedger
@@ -65,17 +64,13 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             )
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         checks.keep_fp32_outputs(self.accelerator)
-        if not args.trust_region.startswith("cppo"):  # the model card names the method that trained
-            self._name, self._paper = args.rule.source.split(",")[0], {}
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity
         self._update = UpdateLedger()
         self._updates_at: dict[int, int] = {}  # updates made when a version of the weights was published
         # an update trains on samples of at most so many updates ago, and on what it waits for itself
         self._staleness_bins = (args.max_staleness + 1) * args.weight_sync_steps + 1
         self._engine_check = checks.EngineCheck(args, self.accelerator.is_main_process)
-        self.add_callback(WriteRun)
-        self.add_callback(ExactResume)
-        shorten_console(self.callback_handler.callbacks)
+        self._set_up_output()
         if not self.accelerator.is_main_process:
             return
         if isinstance(self.rollout_worker, AsyncRolloutWorker):

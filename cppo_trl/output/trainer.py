@@ -6,7 +6,8 @@ from typing import Any
 
 from cppo_trl.config import in_columns
 from cppo_trl.metrics import position_profile
-from cppo_trl.output.checkpoints import saving
+from cppo_trl.output.callbacks import WriteRun, shorten_console
+from cppo_trl.output.checkpoints import ExactResume, saving
 from cppo_trl.output.model_card import complete_card
 from cppo_trl.output.nonfinite import require_finite, stop_or_warn
 from cppo_trl.output.run_files import append_profile
@@ -17,10 +18,21 @@ class GuardedOutput:
 
     _metrics: Any
     _name: str
+    _paper: dict[str, Any]
     accelerator: Any
+    add_callback: Any
     args: Any
+    callback_handler: Any
     model: Any
     state: Any
+
+    def _set_up_output(self) -> None:
+        """Name the rule that trains on the model card; write ``run.json``, resume exactly, and print a short log."""
+        if not self.args.trust_region.startswith("cppo"):
+            self._name, self._paper = self.args.rule.source.split(",")[0], {}
+        self.add_callback(WriteRun)
+        self.add_callback(ExactResume)
+        shorten_console(self.callback_handler.callbacks)
 
     def _print_schedule(self) -> None:
         processes = {"processes": str(self.accelerator.num_processes)}
