@@ -286,9 +286,10 @@ def budgets(args: argparse.Namespace) -> dict[str, Any]:
         noise = noise or seen[1]
         print("\ndrift {:.2g}; seen by the engine's Top-K {:.2g}, by the policy's {:.2g}".format(*seen), flush=True)
         for length in sorted({100, args.length}):
-            report[f"{target}, {length}"] = {"drift": seen, **judged(true, noisy, policy, noise, length)}
+            found = judged(true, noisy, policy, noise, length)
+            report[f"{target}, {length}"] = {"drift": seen, **found}
             print(f"\n{length} tokens\n| budget | masked | should be | precision | recall |\n|---|---|---|---|---|")
-            for name, case in judged(true, noisy, policy, noise, length).items():
+            for name, case in found.items():
                 print(f"| {name} | " + " | ".join(f"{x:.3f}" for x in case.values()) + " |", flush=True)
     return report
 

@@ -1,7 +1,8 @@
 """What rollouts by a real vLLM cost, on a CPU. `make test-vllm` sets the environment up.
 
     .venv-vllm/bin/python scripts/benchmark_vllm.py --json outputs/benchmark_vllm.json
-    .venv-vllm/bin/python scripts/benchmark_vllm.py --part transport --layers 1 --hidden 64 --rows 4 --length 2048
+    PYTHONPATH=. .venv-vllm/bin/python scripts/benchmark_vllm.py --part transport \
+        --layers 1 --hidden 64 --rows 4 --length 2048
 
 update     A rollout and the update on it: CPPO against TRL's default, alternating in one process. One update each
            (aligned steps), the same model, data and batch. TRL's default scores each rollout again with the trained
@@ -15,20 +16,15 @@ Time is CPU time of the process, on one thread, so other work on the machine har
 """
 
 import argparse
-import contextlib
 import gc
 import json
 import os
 import pickle
-import signal
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -244,33 +240,17 @@ def served(address: str, prompts: list[Any], k: int, args: argparse.Namespace) -
     return {"tokens": tokens, **{name: value / tokens for name, value in row.items()}}
 
 
-@contextlib.contextmanager
-def server(model: str, length: int) -> Iterator[str]:
-    """The address of a server of its own process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-model-len {length}"
-    options += " --logprobs-mode processed_logprobs --max-logprobs 20"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *options.split()]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        vllm_client.VLLMClient(base_url=address, connection_timeout=400)
-        yield address
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
 def transport(args: argparse.Namespace) -> dict[str, Any]:
     """Measure the way of the log-probs, and print a table for each mode."""
+    from tests.vllm.conftest import Server, running  # noqa: PLC0415 (the other part does without)
+
     report: dict[str, Any] = {}
     prompts = [{"prompt_token_ids": [10 + i, 5, 6]} for i in range(args.rows)]
     with tempfile.TemporaryDirectory() as model:
         save_model(model, args, vocabulary=151_936)
-        with server(model, args.length + 64) as address:
-            report["server"] = {k: served(address, prompts, k, args) for k in (0, 5, 20)}
+        started = Server(Path(model), f"--max-model-len {args.length + 64} --max-logprobs 20", model=model)
+        with running(started):
+            report["server"] = {k: served(started.address, prompts, k, args) for k in (0, 5, 20)}
         engine = {"dtype": "float32", "enforce_eager": True, "max_model_len": args.length + 64}
         llm = vllm.LLM(model, logprobs_mode="processed_logprobs", **engine)
         report["colocated"] = {k: colocated(llm, prompts, k, args) for k in (0, 5, 20)}

@@ -241,7 +241,6 @@ COMPARED = {
     "grpo": "GRPO's clip",
 }
 """Rules that are held against DPPO, and their labels."""
-"""The rules that are compared with DPPO."""
 
 
 def measured(rows: Rows, **wanted: float) -> list[Exact]:
