@@ -85,11 +85,16 @@ def task(tmp_path):
     return tmp_path
 
 
+def flags(fields):
+    """Fields as words of a command line."""
+    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+
+
 def small_run(task):
     """Command-line fields of four small updates on one rollout of the task, in its directory ``out``."""
     fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": task / "out"}
     fields |= {"max_steps": 4, "per_device_train_batch_size": 8, "steps_per_generation": 4, "max_completion_length": 8}
-    return [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
+    return flags(fields)
 
 
 @pytest.fixture

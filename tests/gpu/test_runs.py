@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import RECIPE, ROOT, digit_reward, launch, small_run, tiny_data, tiny_model
+from tests.conftest import RECIPE, ROOT, digit_reward, flags, launch, small_run, tiny_data, tiny_model
 from tests.gpu.conftest import DEVICE, NEEDS_CUDA, ON_REQUEST
 
 WITH_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -66,8 +66,7 @@ def test_kill_9_and_the_same_command_again_gives_the_same_weights(task):
         fields = {"output_dir": task / out, "max_steps": 12, "save_strategy": "steps", "save_steps": 4}
         fields |= {"learning_rate": 1e-2, "warmup_steps": 0, "use_cpu": DEVICE.type == "cpu"}
         fields |= {"reward_funcs": "tests.conftest.digit_reward", "resume_from_checkpoint": "true"}
-        words = [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
-        return [ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *words]
+        return [ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *flags(fields)]
 
     process = subprocess.Popen([sys.executable, *command("out")], cwd=ROOT, stdout=subprocess.DEVNULL)
     while not (task / "out/checkpoint-4/trainer_state.json").exists():

@@ -9,7 +9,7 @@ import torch
 
 from cppo_trl import CPPOConfig
 from cppo_trl.launch.command import main
-from tests.conftest import digit_reward, small_run, tiny_data
+from tests.conftest import digit_reward, flags, small_run, tiny_data
 
 RECIPE = "quickstart"
 REWARDS = """
@@ -107,10 +107,9 @@ def test_a_wrong_field_of_an_asynchronous_run(arguments, message, run, task, mon
         rows(task, lambda row: row | {"prompt": [{"role": "user", "content": row["prompt"]}]})
     recipe = task / "async.yaml"
     recipe.write_text("asynchronous: true\nuse_cpu: true\nbf16: false\nmax_completion_length: 8\n")
-    fields = ["model_name_or_path", str(task / "model"), "dataset_name", str(task / "data"), "output_dir", "out"]
-    flags = [f"--{word}" if place % 2 == 0 else word for place, word in enumerate(fields)]
+    fields = {"model_name_or_path": task / "model", "dataset_name": task / "data", "output_dir": "out", "max_steps": 4}
     with pytest.raises(SystemExit) as stopped:  # the fixture has removed the weights
-        main(["train", "--config", str(recipe), *flags, "--max_steps", "4", *arguments.split()])
+        main(["train", "--config", str(recipe), *flags(fields), *arguments.split()])
     (line,) = str(stopped.value.code).strip().splitlines()
     assert message in line
 

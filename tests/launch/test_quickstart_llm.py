@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cppo_trl.launch.plan import dry_run
-from tests.conftest import ROOT, character_tokenizer, launch, tiny_model
+from tests.conftest import ROOT, character_tokenizer, flags, launch, tiny_model
 from word_problems import STORIES, THINGS, word_problems
 
 RECIPE = ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"
@@ -81,8 +81,7 @@ def command(tmp_path, base, *more):
         "reward_funcs": "tests.launch.test_quickstart_llm.letters",
         "use_cpu": True,
     }
-    flags = [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
-    return [ROOT / "scripts/quickstart_llm.py", *flags, *more]
+    return [ROOT / "scripts/quickstart_llm.py", *flags(fields), *more]
 
 
 def letters(completions, **kwargs):
@@ -149,10 +148,9 @@ def test_the_recipe_works_and_has_the_paper_s_trust_region():
 @pytest.mark.timeout(1800)
 def test_the_real_model_goes_through_every_stage(tmp_path):
     less = {"warm_start_steps": 2, "comparison_rollouts": 1, "max_steps": 4, "num_generations": 4}
-    more = [str(x) for name, value in less.items() for x in (f"--{name}", value)]
     rewards = ["--reward_funcs", "tests.launch.test_quickstart_llm.letters", "--gsm8k_problems", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = launch(*command(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct", *more, *rewards), PYTHONPATH=path)
+    run = launch(*command(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct", *flags(less), *rewards), PYTHONPATH=path)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["base_model"].startswith("HuggingFaceTB/SmolLM2-135M-Instruct")

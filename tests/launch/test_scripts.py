@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
 from cppo_trl.launch.plan import dry_run
 from cppo_trl.launch.training import parse_arguments, train
-from tests.conftest import RECIPE, ROOT, launch, small_run, tiny_data
+from tests.conftest import RECIPE, ROOT, flags, launch, small_run, tiny_data
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -187,11 +187,7 @@ def test_ctrl_c_saves_a_checkpoint_that_resumes(task):
 def quickstart(directory, *options):
     fields = {"config": RECIPE, "output_dir": directory / "run", "task_dir": directory / "task", "terms": 3}
     fields |= {"max_steps": 32, "train_problems": 64, "test_problems": 8, "warm_start_steps": 5}
-    return [
-        ROOT / "scripts/quickstart.py",
-        *(x for name, value in fields.items() for x in (f"--{name}", value)),
-        *options,
-    ]
+    return [ROOT / "scripts/quickstart.py", *flags(fields), *options]
 
 
 def test_quickstart_end_to_end_keeps_an_earlier_run(tmp_path):

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.output.checkpoints import RunError, TrainingFinished, checkpoint_to_resume, last_checkpoint
-from tests.conftest import RECIPE, ROOT, digit_reward, small_run, tiny_data
+from tests.conftest import RECIPE, ROOT, digit_reward, flags, small_run, tiny_data
 
 
 class DeathError(Exception):
@@ -103,8 +103,7 @@ def test_kill_9_and_the_same_command_again(task):
         fields |= {"num_iterations": 1, "steps_per_generation": 2}  # two updates of each rollout
         fields |= {"save_total_limit": 2, "logging_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0}
         fields |= {"reward_funcs": "tests.conftest.digit_reward"}
-        words = [str(x) for name, value in fields.items() for x in (f"--{name}", value)]
-        return ["--config", RECIPE, *small_run(task), *words, *more]
+        return ["--config", RECIPE, *small_run(task), *flags(fields), *more]
 
     command = [sys.executable, ROOT / "scripts/train.py", *arguments("out", "--resume_from_checkpoint", "true")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -109,6 +109,38 @@ class NoisyEngine(FakeEngine):
         return {"prompt_ids": ids, "completion_ids": answers, "logprobs": [[p for (p,) in row] for row in logps]}
 
 
+class AgainstFullLogits(CPPOTrainer):
+    """Keeps D_t of each token, that of two models run in full, and what is wrong with the token's log ratio."""
+
+    def __init__(self, *args, **kwargs):
+        self.tokens = []
+        super().__init__(*args, **kwargs)
+
+    @torch.no_grad()
+    def log_softmax(self, batch):
+        args = self.args
+        return full_log_softmax(self.model, batch, args.temperature, args.bf16, args.cast_lm_head_to_fp32)
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        return {**output, "mu": self.log_softmax(output)}  # travels with its response
+
+    def _compute_loss(self, model, inputs):
+        self.batch = inputs
+        return super()._compute_loss(model, inputs)
+
+    def get_off_policy_mask(self, **inputs):
+        pi, mu, ids = self.log_softmax(self.batch), self.batch["mu"], self.batch["completion_ids"].unsqueeze(-1)
+        anchor = self.batch["old_per_token_logps"] if self.args.use_vllm else mu.gather(-1, ids).squeeze(-1)
+        k, kind = self.args.cppo_topk, self.args.cppo_divergence.removeprefix("topk_")
+        for b, t in inputs["mask"].nonzero().tolist():
+            sampled = ids[b, t].item()
+            expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, k, kind)
+            error_of_ratio = self._loss.log_ratio[b, t] - pi[b, t, sampled] + anchor[b, t]
+            self.tokens.append((self._loss.divergence[b, t].item(), expected, error_of_ratio.item()))
+        return super().get_off_policy_mask(**inputs)
+
+
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_divergence_equals_that_of_full_logits(make_trainer, monkeypatch, name, fields):
     """Through rollout, shuffle, split, accumulation and updates, against two models run in full.
@@ -122,40 +154,10 @@ def test_divergence_equals_that_of_full_logits(make_trainer, monkeypatch, name, 
     fields = {"steps_per_generation": 4, **fields} if "steps_per_generation" not in fields else fields
     own = {"rollout_func": NoisyEngine(model).rollout_func} if fields.pop("rollout_func", False) else {}
     peft = fields.pop("peft", None)
-    temperature, k = fields.get("temperature", 1.0), fields["cppo_topk"]
-    kind = fields["cppo_divergence"].removeprefix("topk_")
-    seen, compared, errors_of_ratio = [], [], []
-
-    def log_softmax(model, batch):
-        with torch.no_grad():
-            return full_log_softmax(
-                model, batch, temperature, fields.get("bf16", False), fields.get("cast_lm_head_to_fp32", False)
-            )
-
-    class Spy(CPPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            return {**output, "mu": log_softmax(self.model, output)}  # travels with its response
-
-        def _compute_loss(self, model, inputs):
-            self.batch = inputs
-            return super()._compute_loss(model, inputs)
-
-        def anchor(self, b, t, sampled):
-            return self.batch["old_per_token_logps" if noisy else "mu"][(b, t) if noisy else (b, t, sampled)]
-
-        def get_off_policy_mask(self, **inputs):
-            pi, mu = log_softmax(self.model, self.batch), self.batch["mu"]
-            for b, t in self.batch["completion_mask"].nonzero().tolist():
-                sampled = self.batch["completion_ids"][b, t].item()
-                expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, k, kind)
-                seen.append(self._loss.divergence[b, t].item())
-                compared.append(expected)
-                errors_of_ratio.append(self._loss.log_ratio[b, t] - pi[b, t, sampled] + self.anchor(b, t, sampled))
-            return super().get_off_policy_mask(**inputs)
-
-    trainer = make_trainer(Spy, model=model, max_steps=6, trainer={"peft_config": peft, **own}, **fields)
+    k = fields["cppo_topk"]
+    trainer = make_trainer(AgainstFullLogits, model=model, max_steps=6, trainer={"peft_config": peft, **own}, **fields)
     trainer.train()
+    seen, compared, errors_of_ratio = zip(*trainer.tokens, strict=True)
     assert max(compared) > (0.003 if peft else 0.02)
     # logits of a bf16 head are rounded, in the reference as well
     tolerance = 2e-2 if fields.get("bf16") and not fields.get("cast_lm_head_to_fp32") else 3e-6
@@ -297,7 +299,7 @@ def test_tools(make_trainer, monkeypatch):
     tokenizer = character_tokenizer(["<pad>", "<eos>", *string.printable])
     tokenizer.chat_template = Path(trl.__path__[0], "chat_templates/qwen3.jinja").read_text()
     call = '<tool_call>\n{"name": "plus", "arguments": {"a": 3, "b": 4}}\n</tool_call>'
-    errors, by_tool, moved = [], [], []
+    by_tool = []
 
     class Engine(NoisyEngine):
         turn = 0
@@ -308,24 +310,8 @@ def test_tools(make_trainer, monkeypatch):
             calls = self.turn % 2  # the second answer makes none
             return [tokenizer(call)["input_ids"] if calls and i % 3 else x for i, x in enumerate(answers)]
 
-    class Spy(CPPOTrainer):
-        def _generate_and_score_completions(self, inputs):
-            output = super()._generate_and_score_completions(inputs)
-            with torch.no_grad():
-                return {**output, "mu": full_log_softmax(self.model, output)}
-
-        def _compute_loss(self, model, inputs):
-            self.batch = inputs
-            return super()._compute_loss(model, inputs)
-
+    class Spy(AgainstFullLogits):
         def get_off_policy_mask(self, **inputs):
-            with torch.no_grad():
-                pi, mu = full_log_softmax(self.model, self.batch), self.batch["mu"]
-            for b, t in inputs["mask"].nonzero().tolist():
-                sampled = self.batch["completion_ids"][b, t].item()
-                expected = reduced(pi[b, t].double().tolist(), mu[b, t].double().tolist(), sampled, 5, "tv")
-                errors.append(abs(self._loss.divergence[b, t].item() - expected))
-                moved.append(expected)
             by_tool.append((self.batch["completion_mask"].sum() - inputs["mask"].sum()).item())
             return super().get_off_policy_mask(**inputs)
 
@@ -346,9 +332,10 @@ def test_tools(make_trainer, monkeypatch):
     )
     trainer.train()
     assert trainer.state.log_history[0]["tools/call_frequency"] > 0.5
+    seen, compared, _ = zip(*trainer.tokens, strict=True)
     assert min(by_tool) > 20
-    assert max(errors) < 3e-6
-    assert max(moved) > 0.02
+    assert max(abs(a - b) for a, b in zip(seen, compared, strict=True)) < 3e-6
+    assert max(compared) > 0.02
     assert trainer.state.log_history[0]["cppo/rollout_mismatch"] < 1e-6
 
 

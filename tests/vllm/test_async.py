@@ -168,17 +168,9 @@ def test_a_recipe_trains_against_the_server(server, tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     prompts = [[{"role": "user", "content": f"{i}+{i + 1}="}] for i in range(64)]
     Dataset.from_dict({"prompt": prompts}).to_json(tmp_path / "data/train.jsonl")
-    fields = {
-        "asynchronous": True,
-        "model_name_or_path": str(server.directory / "model"),
-        "use_peft": True,
-        "lora_r": 8,
-    }
-    fields |= {
-        "lora_target_modules": "all-linear",
-        "reward_funcs": ["tests.vllm.test_async.digits"],
-        "report_to": "none",
-    }
+    fields = {"asynchronous": True, "model_name_or_path": str(server.directory / "model"), "report_to": "none"}
+    fields |= {"use_peft": True, "lora_r": 8, "lora_target_modules": "all-linear"}
+    fields |= {"reward_funcs": ["tests.vllm.test_async.digits"]}
     fields |= {"dataset_name": "data", "output_dir": "out", "max_steps": 3, "per_device_train_batch_size": 8}
     fields |= {"vllm_server_base_url": server.address, "num_generations": 4, "max_completion_length": 12, "seed": 3}
     fields |= {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-2, "save_steps": 3}

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from cppo_trl.launch.training import parse_arguments, train
+from tests.conftest import flags
 from tests.vllm.conftest import Server, running
 
 TASK = Path("outputs/quickstart-llm-task/seed-0")
@@ -23,7 +24,7 @@ def test_twenty_rollouts_by_a_server_raise_the_reward(tmp_path, weights_by_file)
         fields = {"max_steps": 4 * ROLLOUTS, "output_dir": "outputs/quickstart-llm-server", "save_strategy": "no"}
         fields |= {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.address}
         recipe = ["--config", "configs/smollm2-135m/word-problems/cppo.yaml"]
-        trainer = train(*parse_arguments([*recipe, *(str(x) for k, v in fields.items() for x in (f"--{k}", v))]))
+        trainer = train(*parse_arguments([*recipe, *flags(fields)]))
     history = [row for row in trainer.state.log_history if "reward" in row]
     wanted = ["reward", "cppo/masked", "cppo/divergence/mean", "cppo/rollout_mismatch", "cppo/topk_mass"]
     for row in history:
