@@ -73,8 +73,10 @@ class TrustRegionConfig:
     Args:
         trust_region: ``"cppo"``; ``"cppo_soft"``, its soft gate (appendix C); ``"dppo"``, one threshold for all
             positions and no budget; ``"trm_max"`` and ``"trm_avg"``, whole responses rejected by the maximum or the
-            mean of D_t; ``"minpro"``, ``"cispo"`` and ``"grpo"`` (Clip-Higher), bounds on the sampled ratio; or
-            ``"none"``; or the dotted path of a rule of your own, as `cppo_trl.rules.Rule` describes it.
+            mean of D_t; ``"minpro"``, ``"cispo"`` and ``"grpo"`` (Clip-Higher), bounds on the sampled ratio;
+            ``"drpo"``, a weight that falls with D_t; ``"ipo"``, a threshold in both directions; ``"vaco"``, one on
+            a response's mean distance of the ratio from 1; or ``"none"``; or the dotted path of a rule of your own,
+            as `cppo_trl.rules.Rule` describes it.
         trust_region_parameters: parameters of a rule of your own, by name.
         cppo_divergence: the estimator of D_t: ``"binary_tv"``, ``"binary_kl"``, or ``"topk_tv"`` (the paper's main
             runs) and ``"topk_kl"``, which compare ``cppo_topk`` tokens of the rollout policy. None for
@@ -84,7 +86,8 @@ class TrustRegionConfig:
         cppo_topk_source: where Top-K takes μ from: ``"engine"``, which sampled the rollout, or ``"policy"``, the
             trained model, in one pass over the rollout before its updates. Without vLLM it is always the policy.
         cppo_delta: threshold δ > 0; None for the value of the rule's own paper (CPPO: 0.15 TV, 0.1 KL; DPPO: 0.15
-            TV, 0.05 KL; TRM-Max: 0.05 KL; TRM-Avg: 0.001 KL); inf switches the rule off.
+            TV, 0.05 KL; TRM-Max: 0.05 KL; TRM-Avg: 0.001 KL; DRPO: 12.5; IPO: 0.3 TV; VACO: none, set one); inf
+            switches the rule off.
         cppo_delta_b: budget δ_b > 0, the floor of Eq. (22); None for the paper's value (0.02 TV, 0.002 KL); inf
             switches the budget off.
         cppo_w_min: weight of the last token in (0, 1]; 1 switches the position weight off.
@@ -231,8 +234,9 @@ class TrustRegionConfig:
         self._refuse_unread_fields()
         if self.cppo_divergence is None:
             self.cppo_divergence = (self.rule.estimators or tuple(ESTIMATORS))[0]
-        expected = f"one of {tuple(ESTIMATORS)}"
-        _require(self.cppo_divergence in ESTIMATORS, "cppo_divergence", self.cppo_divergence, expected)
+        allowed = [name for name in ESTIMATORS if name in (self.rule.estimators or ESTIMATORS)]
+        expected = f"one of {tuple(allowed)}"
+        _require(self.cppo_divergence in allowed, "cppo_divergence", self.cppo_divergence, expected)
         _require(isinstance(self.cppo_topk, int), "cppo_topk", self.cppo_topk, "an integer")
         _require(self.cppo_topk >= 1, "cppo_topk", self.cppo_topk, ">= 1")
         sources = ("engine", "policy")
@@ -244,11 +248,13 @@ class TrustRegionConfig:
         for name, value in self.rule.defaults(self.cppo_divergence).items():
             if getattr(self, f"cppo_{name}") is None:
                 setattr(self, f"cppo_{name}", value)
-        ranges = [*RANGES.items(), *(TV_RANGES.items() if self.cppo_divergence.endswith("tv") else ())]
+        bounded = self.cppo_divergence.endswith("tv") and self.rule.limits_divergence
+        ranges = [*RANGES.items(), *(TV_RANGES.items() if bounded else ())]
         for name, (holds, expected) in ranges:
             if name in self._fields_read:
                 value = getattr(self, name)
-                source = f"set: {self.rule.source} gives no threshold for {self.cppo_divergence}"
+                source = f"set: {self.rule.source} gives no threshold"
+                source += f" for {self.cppo_divergence}" * bool(self.rule.estimators)
                 _require(value is not None or holds(None), name, None, source)
                 _require(holds(value), name, value, expected)
 

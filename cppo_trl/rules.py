@@ -39,6 +39,8 @@ class Rule:
             that is its own and stays the same over the updates of a rollout.
         source: the paper of the rule and of its defaults.
         estimators: what D_t may be, the default first; empty for a rule that does not read D_t.
+        limits_divergence: whether δ, where there is one, is a limit on D_t, so that none above 1 can act on a total
+            variation.
         tv_defaults: parameters whose default is the rule's own, where D_t is a total variation or unread.
         kl_defaults: the same where D_t is a KL divergence.
         bounds_ratio: whether the rule bounds the ratio itself, so that a cap on it has nothing to add.
@@ -52,6 +54,7 @@ class Rule:
     estimators: tuple[str, ...] = ()
     tv_defaults: Mapping[str, float] = field(default_factory=dict)
     kl_defaults: Mapping[str, float] = field(default_factory=dict)
+    limits_divergence: bool = True
     bounds_ratio: bool = False
     budget: str | None = None
     bound: Callable[..., Bound | None] | None = None
@@ -174,6 +177,21 @@ _MINPRO = Rule(
     bounds_ratio=True,
 )
 
+_IPO = Rule(
+    functions.ipo_mask,
+    "prime-rl's IPO loss",
+    tuple(ESTIMATORS),
+    tv_defaults={"delta": 0.3},
+    budget="delta",
+)
+_DRPO = Rule(
+    functions.drpo_weight,
+    "DRPO, arXiv 2606.09821",
+    ("binary_tv",),  # its gradient holds for no other D_t
+    tv_defaults={"delta": 12.5},
+    limits_divergence=False,
+)
+
 RULES = {
     "cppo": _CPPO,
     "cppo_soft": replace(_CPPO, function=functions.cppo_soft, source="CPPO, arXiv 2606.10968, appendix C"),
@@ -183,9 +201,12 @@ RULES = {
     "minpro": _MINPRO,
     "cispo": _CISPO,
     "grpo": Rule(functions.grpo_mask, "GRPO with Clip-Higher", tv_defaults={"ratio_min": 0.8, "ratio_max": 1.28}),
+    "drpo": _DRPO,
+    "ipo": _IPO,
+    "vaco": Rule(functions.vaco_mask, "VACO, arXiv 2603.01365, in open-instruct", limits_divergence=False),
     "none": Rule(functions.no_mask, "no trust region"),
 }
-"""Every named value of ``trust_region``: the paper's Table 1, the soft gate, and no trust region at all."""
+"""Every named value of ``trust_region``: the paper's Table 1, its soft gate, later rules, and no trust region."""
 
 
 def find_rule(name: str, given: Mapping[str, Any]) -> Rule:

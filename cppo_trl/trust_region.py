@@ -1,7 +1,8 @@
 """The trust-region rules: how much each token of a rollout may still move the policy.
 
 Every method is a detached weight on the same surrogate -ρ_t Â_t: a hard mask is 0 or 1, the soft gate lies between,
-and a method that clips the ratio instead of masking weighs by clip(ρ_t) / ρ_t. A rule is a function
+a method that clips the ratio instead of masking weighs by clip(ρ_t) / ρ_t, and a regularizer by the share of the
+gradient that it leaves, negative where it turns the step around. A rule is a function
 ``(divergence, advantages, log_ratio, mask, **parameters)`` that returns this weight, a mask, or a `Verdict`.
 
 Pure functions on tensors of shape ``(B, T)``: B responses, T token positions, right- or left-padded, with holes
@@ -125,9 +126,7 @@ def moves_away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
     Returns:
         ``(B, T)`` bool.
     """
-    if advantages.dim() == 1:
-        advantages = advantages.unsqueeze(1)
-    return advantages.float().sign() * log_ratio.float() > 0
+    return _away(advantages, log_ratio) > 0
 
 
 class Prefix(NamedTuple):
@@ -401,6 +400,62 @@ def minpro_weight(
 
 
 @torch.no_grad()
+def drpo_weight(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
+    """DRPO (arXiv 2606.09821, Eq. 8 and 9, Table 1): the weight 1 - sign(Â_t (ρ_t - 1)) D_t / δ on ρ_t Â_t.
+
+    It gives the gradient of ``ρ_t Â_t - |Â_t| μ_t (ρ_t - 1)² / (2δ)``, where ``μ_t |ρ_t - 1| = |π_t - μ_t|`` is the
+    Binary TV: exact for this D_t alone. Where the step leads away from the rollout policy, the weight falls to 0 at
+    D_t = δ and is negative beyond, so that the step leads back; elsewhere it is at least 1. Source, with the default:
+    ``_drpo_loss`` of https://github.com/Tencent-Hunyuan/UniRL/blob/main/unirl/algorithms/drpo.py.
+
+    Args:
+        divergence: ``(B, T)`` D_t, the Binary TV.
+        advantages: as in `cppo_mask`.
+        log_ratio: ``(B, T)`` log ρ_t; its sign is read.
+        mask: as in `cppo_mask`.
+        delta: δ > 0, a probability. At the authors' 12.5, which no D_t reaches, the weight lies in [0.92, 1.08].
+
+    Returns:
+        ``(B, T)`` fp32 in [1 - 1/δ, 1 + 1/δ].
+    """
+    return zero_outside(1 - _away(advantages, log_ratio).sign() * divergence.float() / delta, mask)
+
+
+@torch.no_grad()
+def ipo_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
+    """The mask of prime-rl's IPO loss: M_t = 1[D_t <= δ], whichever way the step leads; there D_t is the Binary TV.
+
+    Only the mask: the loss's term in (log ρ_t)² is no part of it, nor its cap, ``ratio_cap_weight(log_ratio, 1e4)``.
+    Source: https://github.com/PrimeIntellect-ai/prime-rl/pull/3418, and 3586 for δ = 0.3. Arguments and result as in
+    `cppo_mask`.
+    """
+    return mask.bool() & (divergence.float() <= delta)
+
+
+@torch.no_grad()
+def vaco_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor, *, delta: float) -> Tensor:
+    """VACO's filter (arXiv 2603.01365) by response: ``M_t = 1[Â_t (ρ_t - 1) <= 0 or (1/T) Σ_j |ρ_j - 1| <= δ]``.
+
+    The form for language models that an author of the paper gave open-instruct, ``compute_rho_correction`` of
+    https://github.com/allenai/open-instruct/pull/1681, as of the current policy; VACO's realignment of the advantages
+    is no part of it. No δ is given there.
+
+    Args:
+        divergence: not read.
+        advantages: as in `cppo_mask`.
+        log_ratio: ``(B, T)`` log ρ_t.
+        mask: as in `cppo_mask`.
+        delta: δ > 0, in units of ``|ρ - 1|``, whose mean under the rollout policy is twice the total variation.
+
+    Returns:
+        ``(B, T)`` bool, True = kept; False outside the mask.
+    """
+    shift = log_ratio.float().masked_fill(~mask.bool(), 0.0).expm1().abs()
+    within = shift.sum(-1, keepdim=True) <= delta * mask.sum(-1, keepdim=True)
+    return _kept(within, advantages, log_ratio, mask)
+
+
+@torch.no_grad()
 def no_mask(divergence: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:
     """No trust region: every token of the response is kept. Arguments and result as in `cppo_mask`."""
     return mask.bool()
@@ -431,6 +486,13 @@ def improvement_bound(delta_b: float, length: float, xi: float, *, delta: float,
     """
     deduction = 2 * xi * (length - 1) * delta / w_min * (length * delta_b + 2 * delta)
     return Bound(deduction, delta_b / (delta * w_min))
+
+
+def _away(advantages: Tensor, log_ratio: Tensor) -> Tensor:
+    """sign(Â_t) log ρ_t: how far the token has moved along its gradient step. Arguments as in `moves_away`."""
+    if advantages.dim() == 1:
+        advantages = advantages.unsqueeze(1)
+    return advantages.float().sign() * log_ratio.float()
 
 
 def _kept(within: Tensor, advantages: Tensor, log_ratio: Tensor, mask: Tensor) -> Tensor:

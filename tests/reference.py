@@ -60,6 +60,25 @@ def minpro_coefficients(ratios, low, high):
     return coefficients
 
 
+def drpo_slope(ratio, advantage, mu, delta):
+    """d/dρ of DRPO's ρ A - |A| μ (ρ - 1)² / (2δ) over A, by a small step; Eq. (8) of arXiv 2606.09821."""
+
+    def objective(rho):
+        return rho * advantage - abs(advantage) * mu * (rho - 1) ** 2 / (2 * delta)
+
+    step = 1e-6
+    return (objective(ratio + step) - objective(ratio - step)) / (2 * step * advantage)
+
+
+def tv_filter(ratios, advantages, delta):
+    """open-instruct's TV filter for the tokens of a response: if it has moved too far, those that go on are out."""
+    distance = sum(abs(ratio - 1) for ratio in ratios) / max(len(ratios), 1)
+    return [
+        not (distance > delta and ((a > 0 and r > 1) or (a < 0 and r < 1)))
+        for r, a in zip(ratios, advantages, strict=True)
+    ]
+
+
 def clipped_quantile(divergences, floor, quantile, multiple):
     """Eq. (22) with linear interpolation, for the tokens of one response."""
     if not divergences:

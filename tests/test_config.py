@@ -39,6 +39,8 @@ def test_defaults_are_the_paper_s():
         ("minpro", "minpro, ratio_min 0, ratio_max 1.28"),
         ("cispo", "cispo, ratio_min 0, ratio_max 1.2"),
         ("grpo", "grpo, ratio_min 0.8, ratio_max 1.28"),
+        ("drpo", "drpo, binary_tv, delta 12.5"),
+        ("ipo", "ipo, binary_tv, delta 0.3"),
         ("none", "none"),
     ],
 )
@@ -87,6 +89,9 @@ def test_schedule(fields, steps, updates, on_policy):
         ({"trust_region": "dppo", "cppo_shuffle_weights": True}, "cppo_shuffle_weights must be left at False"),
         ({"trust_region": "trm_avg", "cppo_delta_b_quantile": None}, "cppo_delta_b_quantile must be left at 0.9"),
         ({"trust_region": "trm_max", "cppo_divergence": "topk_tv"}, "cppo_delta must be set: .* gives no threshold"),
+        ({"trust_region": "drpo", "cppo_divergence": "topk_tv"}, r"cppo_divergence must be one of \('binary_tv',\)"),
+        ({"trust_region": "ipo", "cppo_delta": 1.5}, "cppo_delta must be at most 1"),
+        ({"trust_region": "vaco"}, "cppo_delta must be set: VACO, .* gives no threshold; got None"),
         ({"trust_region": "grpo", "cppo_delta": 0.1}, "cppo_delta must be left at None"),
         ({"trust_region": "grpo", "cppo_divergence": "topk_kl"}, "cppo_divergence must be left at None"),
         ({"trust_region": "cispo", "cppo_ratio_cap": 5.0}, "cppo_ratio_cap must be left at None"),

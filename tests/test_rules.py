@@ -8,10 +8,20 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from cppo_trl.divergence import ESTIMATORS
+from cppo_trl.divergence import ESTIMATORS, binary_tv
 from cppo_trl.rules import RULES, Rule, find_rule
 from cppo_trl.seam.state import skip_zero_std_prompts
-from cppo_trl.trust_region import cispo_weight, cppo_mask, grpo_mask, minpro_weight, position_weights, random_order
+from cppo_trl.trust_region import (
+    cispo_weight,
+    cppo_mask,
+    drpo_weight,
+    grpo_mask,
+    ipo_mask,
+    minpro_weight,
+    position_weights,
+    random_order,
+    vaco_mask,
+)
 from tests.conftest import (
     COMPLETION,
     FIELDS,
@@ -22,7 +32,14 @@ from tests.conftest import (
     parameters_of,
     random_rows,
 )
-from tests.reference import algorithm_1, clipped_surrogate_slope, minpro_coefficients, soft_gate
+from tests.reference import (
+    algorithm_1,
+    clipped_surrogate_slope,
+    drpo_slope,
+    minpro_coefficients,
+    soft_gate,
+    tv_filter,
+)
 
 
 def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR0911 (a table)
@@ -47,6 +64,15 @@ def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR
             clipped_surrogate_slope(r, a or 1.0, 0.9, 1.2) if a else 1.0
             for r, a in zip(ratios, advantages, strict=True)
         ]
+    if rule == "drpo":
+        return [
+            drpo_slope(r, a, d / abs(r - 1), 0.2) if a and r != 1 else 1.0
+            for r, a, d in zip(ratios, advantages, divergences, strict=True)
+        ]
+    if rule == "ipo":
+        return [float(d <= 0.05) for d in divergences]
+    if rule == "vaco":
+        return [float(k) for k in tv_filter(ratios, advantages, 0.08)]
     return [1.0] * n
 
 
@@ -212,6 +238,46 @@ def test_minpro_and_cispo_worked_by_hand():
         verdict = rule(ratio, ratio, ratio.log(), mask, ratio_min=0.6, ratio_max=1.2)
         torch.testing.assert_close(verdict.weight * ratio, torch.tensor([coefficients]))
         assert verdict.at_bound.tolist() == [at_bound]
+
+
+@pytest.mark.parametrize("delta", [0.15, 12.5, math.inf])
+def test_drpo_has_the_gradient_of_its_own_loss(delta):
+    g = torch.Generator().manual_seed(0)
+    mu, logps = (torch.randn(400, 6, generator=g, dtype=torch.double).log_softmax(-1) for _ in range(2))
+    mu, logps = mu[:, 0].reshape(20, 20), logps[:, 0].reshape(20, 20).requires_grad_()
+    advantages = torch.randn(20, 1, generator=g, dtype=torch.double)
+    ratio = (logps - mu).exp()
+    (-advantages * ratio + advantages.abs() * mu.exp() * (ratio - 1) ** 2 / (2 * delta)).sum().backward()
+    ours = logps.detach().requires_grad_()
+    weight = drpo_weight(binary_tv(ours, mu), advantages, (ours - mu).detach(), torch.ones_like(mu), delta=delta)
+    (-(ours - mu).exp() * advantages * weight).sum().backward()
+    torch.testing.assert_close(ours.grad, logps.grad, rtol=1e-5, atol=1e-6)
+    assert (weight < 0).any() == (delta == 0.15)  # beyond the threshold the step leads back
+
+
+def test_drpo_ipo_and_vaco_worked_by_hand():
+    # steps away, toward, away, toward, then no advantage, no movement, and a token of the environment
+    divergence = torch.tensor([[0.2, 0.2, 0.3, 0.3, 0.5, 0.0, math.nan]])
+    ratio = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.5, 1.0, 9.0]])
+    advantages, mask = torch.tensor([[1.0, -1.0, -2.0, 2.0, 0.0, 1.0, 1.0]]), torch.tensor([[1, 1, 1, 1, 1, 1, 0]])
+    rows = (divergence, advantages, ratio.log(), mask)
+    torch.testing.assert_close(
+        drpo_weight(*rows, delta=0.2), torch.tensor([[0.0, 2.0, -0.5, 2.5, 1.0, 1.0, 0.0]]), rtol=0, atol=1e-6
+    )
+    keep = [True, True, False, False, False, True, False]  # whichever way the step leads
+    assert ipo_mask(*rows, delta=0.2).tolist() == [keep]
+    # the mean of |ρ - 1| is 2.5 / 6 = 0.4167; the token of the environment is no part of it
+    away = [False, True, False, True, True, True, False]
+    assert vaco_mask(*rows, delta=0.416).tolist() == [away]
+    assert vaco_mask(*rows, delta=0.417).tolist() == mask.bool().tolist()
+
+
+def test_vaco_on_the_rows_of_open_instruct():
+    # test_rho_mask_tv_divergence there: means of 1.25, kept under a bound of 2, and 3.0, dropped
+    ratio = torch.tensor([[0.25, 1.0, 4.0], [4.0, 4.0, 4.0]])
+    ones = torch.ones_like(ratio)
+    assert vaco_mask(ratio, ones, ratio.log(), ones, delta=2.0).tolist() == [[True] * 3, [False] * 3]
+    assert vaco_mask(ratio, -ones, ratio.log(), ones, delta=2.0).all()
 
 
 def test_the_soft_gate_is_open_exactly_where_the_mask_keeps():

@@ -241,7 +241,8 @@ def token_figure(record: Mapping[str, Any], config: Mapping[str, Any]) -> Figure
         record: a line of ``trust_region_tokens.jsonl``.
         config: the run's configuration.
     """
-    fate, threshold, delta = np.array(record["fate"]), record.get("threshold"), config.get("cppo_delta")
+    fate, threshold, rule = np.array(record["fate"]), record.get("threshold"), config.get("trust_region")
+    delta = None if rule in ("drpo", "vaco") else config.get("cppo_delta")  # theirs is no limit on D_t
     spent = np.array(record["divergence"]) * record.get("position_weight", 1.0)
     value = "w_t D_t" if "position_weight" in record else "D_t"
     figure, axes = _figure("token of the response", value, size=(10, 2.8))
@@ -250,7 +251,7 @@ def token_figure(record: Mapping[str, Any], config: Mapping[str, Any]) -> Figure
         tokens, name = np.flatnonzero(fate == code), FATES[code]
         axes.bar(tokens + 1, spent[tokens], width=0.9, label=FATE_WORDS[name], color=FATE_COLORS[name])
     if delta is not None and math.isfinite(delta):
-        name = "threshold δ of the response's mean" if config.get("trust_region") == "trm_avg" else "threshold δ"
+        name = "threshold δ of the response's mean" if rule == "trm_avg" else "threshold δ"
         axes.axhline(delta, label=name, color="#444444", linestyle="--", linewidth=1)
         lowest = min(threshold or [0.0])  # the range: bars and thresholds of more than a few δ are cut
         bottom = max(1.1 * lowest, -delta) if lowest < 0 else 0.0

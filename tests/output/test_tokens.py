@@ -77,9 +77,9 @@ def test_a_record_holds_what_its_rule_defines(rule):
     assert record.keys() == names | prefix
     seen = {FATES[code] for record in records_of(rule, rows) for code in record["fate"]}
     masks = {"cppo": {"threshold", "budget"}, "dppo": {"threshold"}, "grpo": {"threshold"}}
-    masks |= {"trm_max": {"threshold"}, "trm_avg": {"threshold"}}
+    masks |= {rule: {"threshold"} for rule in ("trm_max", "trm_avg", "ipo", "vaco")}
     assert seen & {"threshold", "budget"} == masks.get(rule, set())
-    assert ("reweighted" in seen) == (rule in ("cppo_soft", "cispo", "minpro"))
+    assert ("reweighted" in seen) == (rule in ("cppo_soft", "cispo", "minpro", "drpo"))
 
 
 def test_a_rule_without_budget_keeps_its_weights():

@@ -133,7 +133,8 @@ def test_figure_3_of_a_response():
     dppo = draw(token_record(False), DPPO)
     assert (dppo.lines[0].get_label(), y(dppo.lines[0]), dppo.get_ylabel()) == ("threshold δ", [0.1] * 2, "D_t")
     assert bars(dppo)["masked by the threshold"] == [(2, 0.3)]
-    for rule in ({"trust_region": "grpo", "cppo_delta": None}, {**CPPO, "cppo_delta": float("inf")}):
+    without = {"grpo": None, "drpo": 12.5, "vaco": 0.3, "cppo": float("inf")}  # theirs is no limit on D_t
+    for rule in ({"trust_region": name, "cppo_delta": delta} for name, delta in without.items()):
         assert not draw(token_record(False), rule).lines
     assert "mean" in draw(token_record(False), {"trust_region": "trm_avg", "cppo_delta": 0.1}).lines[0].get_label()
 
