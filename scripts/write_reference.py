@@ -35,8 +35,8 @@ defaults below. A field `cppo_*` that the chosen rule does not read must keep it
 ### Defaults of each rule
 
 `null` in `cppo_delta`, `cppo_delta_b`, `cppo_ratio_min` and `cppo_ratio_max` takes the rule's own value. A rule that
-reads D_t takes every `cppo_divergence`; where the table has no `cppo_delta` for it, set one. All rules except `minpro`
-and `cispo` also read `cppo_ratio_cap`.
+reads D_t takes every `cppo_divergence`, `drpo` only `binary_tv`; where the table has no `cppo_delta`, set one.
+All rules except `minpro` and `cispo` also read `cppo_ratio_cap`.
 {rules}"""
 CLI = """\
 # Command line

@@ -210,9 +210,9 @@ FIELDS = {  # of the config, tight enough that every rule acts on the injected b
     "minpro": {"cppo_ratio_min": 0.8, "cppo_ratio_max": 1.1},
     "cispo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
     "grpo": {"cppo_ratio_min": 0.9, "cppo_ratio_max": 1.2},
-    "drpo": {"cppo_delta": 0.2},
+    "drpo": {"cppo_delta": 0.1},
     "ipo": {"cppo_delta": 0.05},
-    "vaco": {"cppo_delta": 0.08},
+    "vaco": {"cppo_delta": 0.07},
     "none": {},
 }
 

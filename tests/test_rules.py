@@ -66,13 +66,13 @@ def weights_of_one_response(rule, ratios, advantages, divergences):  # noqa: PLR
         ]
     if rule == "drpo":
         return [
-            drpo_slope(r, a, d / abs(r - 1), 0.2) if a and r != 1 else 1.0
+            drpo_slope(r, a, d / abs(r - 1), 0.1) if a and r != 1 else 1.0
             for r, a, d in zip(ratios, advantages, divergences, strict=True)
         ]
     if rule == "ipo":
         return [float(d <= 0.05) for d in divergences]
     if rule == "vaco":
-        return [float(k) for k in tv_filter(ratios, advantages, 0.08)]
+        return [float(k) for k in tv_filter(ratios, advantages, 0.07)]
     return [1.0] * n
 
 
@@ -117,6 +117,7 @@ def test_gradient_is_the_analytic_one(make_trainer, rule):
     own = mask.bool()
     assert (weight[own] - 1).abs().max() > 0.05 or rule == "none"
     assert weight[own].max() > 0  # not all is rejected
+    assert (weight[own].min() < 0) == (rule == "drpo")
     coefficient = -batch["advantages"][:, None] * (logps - mu).exp().detach() * weight
     trainer.model.zero_grad()
     # rejected tokens and responses stay in the denominator
