@@ -39,10 +39,10 @@ class Rule:
             that is its own and stays the same over the updates of a rollout.
         source: the paper of the rule and of its defaults.
         estimators: what D_t may be, the default first; empty for a rule that does not read D_t.
-        limits_divergence: whether δ, where there is one, is a limit on D_t, so that none above 1 can act on a total
-            variation.
         tv_defaults: parameters whose default is the rule's own, where D_t is a total variation or unread.
         kl_defaults: the same where D_t is a KL divergence.
+        limits_divergence: whether δ, where there is one, is a limit on D_t, so that above 1 it could not act on a
+            total variation.
         bounds_ratio: whether the rule bounds the ratio itself, so that a cap on it has nothing to add.
         budget: the parameter that the average of D_t is held against, if there is one.
         bound: ``(budget, length, xi, **parameters)``, Theorem 1 for the rules that it covers.
@@ -176,7 +176,6 @@ _MINPRO = Rule(
     tv_defaults={"ratio_min": 0.0, "ratio_max": 1.28},
     bounds_ratio=True,
 )
-
 _IPO = Rule(
     functions.ipo_mask,
     "prime-rl's IPO loss",
