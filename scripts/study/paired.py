@@ -134,7 +134,7 @@ class Setting:
     learning_rate: float = 5e-5
     trajectories: int = 12
     maturities: tuple[int, ...] = (10, 20, 40, 60)
-    rollouts: int = 2
+    rollouts: int = 1
 
 
 class Rollout(NamedTuple):
@@ -300,16 +300,16 @@ TASKS = {
     "first token": Task(6, (("b", 0.05), ("d", 0.15), ("o", 0.35)), (600, 0)),
 }
 SETTINGS = {
-    "main": Setting(arms=MAIN, rollouts=6),
+    "main": Setting(arms=MAIN, rollouts=2),
     "first token decides": Setting(TASKS["first token"], arms=PARTS),
     "twice the rate": Setting(arms=PARTS, learning_rate=1e-4),
     "four times the rate": Setting(arms=PARTS, learning_rate=2e-4),
     "4 updates": Setting(updates=4),
     "2 updates old": Setting(age=2),
     "8 updates old": Setting(age=8),
-    "other rules": Setting(arms=OTHERS, maturities=(10, 20, 40, 60), rollouts=1),
-    "T = 152": Setting(TASKS["long"], arms=PARTS, maturities=(10, 20, 40)),
-    "T = 496": Setting(TASKS["longest"], maturities=(10, 20), rollouts=1),
+    "other rules": Setting(arms=OTHERS),
+    "T = 152": Setting(TASKS["long"], arms=PARTS, maturities=(10, 20)),
+    "T = 496": Setting(TASKS["longest"], trajectories=6, maturities=(10, 20)),
 }
 """One factor at a time around the main setting."""
 
@@ -361,7 +361,7 @@ def own_rule(path: str, given: Sequence[str]) -> Setting:
     rule = find_rule(path, {} if path in RULES else steps[0])
     own = ladder(path, rule, {",".join(f"{v:g}" for v in s.values()): s for s in steps})
     others = {name: arm for name, arm in FEW.items() if not name.startswith("grpo")}
-    return Setting(arms={**own, **others}, trajectories=6, maturities=(10, 40), rollouts=2)
+    return Setting(arms={**own, **others}, trajectories=6, maturities=(10, 20))
 
 
 def main() -> None:
