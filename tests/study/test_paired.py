@@ -180,23 +180,24 @@ def test_a_verdict_follows_from_the_interval(mean, half, verdict):
 
 def test_a_rule_of_the_users_own_stands_beside_cppo_and_dppo(tmp_path, models, monkeypatch):
     (tmp_path / "my_study_rule.py").write_text(
-        "def half(divergence, advantages, log_ratio, mask, *, delta, weight):\n"
+        "def soft(divergence, advantages, log_ratio, mask, *, delta, weight):\n"
         "    return mask * (1 - weight * ((divergence > delta) & (log_ratio * advantages > 0)).float())\n"
     )
     monkeypatch.chdir(tmp_path)
-    setting = paired.own_rule("my_study_rule.half", ["delta=0.01,0.04", "weight=0.9"])
-    steps = [arm.parameters for name, arm in setting.arms.items() if frontier.ladder_of(name) == "my_study_rule.half"]
-    assert steps == [{"delta": 0.01, "weight": 0.9}, {"delta": 0.04, "weight": 0.9}]
+    setting = paired.own_rule("my_study_rule.soft", ["delta=0.02,0.08", "weight=1"])
+    steps = [arm.parameters for name, arm in setting.arms.items() if frontier.ladder_of(name) == "my_study_rule.soft"]
+    assert steps == [{"delta": 0.02, "weight": 1.0}, {"delta": 0.08, "weight": 1.0}]
     tiny = dataclasses.replace(setting, task=TINY.task, maturities=(1,), rollouts=3)
-    rows = list(paired.trajectory("my_study_rule.half", tiny, 0, set(), models))
+    rows = list(paired.trajectory("my_study_rule.soft", tiny, 0, set(), models))
     rows = [{**of, "trajectory": number} for number, of in enumerate(rows)]  # an interval needs three
-    text = frontier.tables(rows, "my_study_rule.half")
-    assert "my_study_rule.half − DPPO" in text
+    assert all(of["arms"]["my_study_rule.soft 0.08,1"] == of["arms"]["dppo 0.08"] for of in rows)  # weight 1: a mask
+    text = frontier.tables(rows, "my_study_rule.soft")
+    assert "my_study_rule.soft − DPPO" in text
     assert "CPPO − DPPO" in text
     frontier.draw(rows, tmp_path / "figure.png")
     assert len(set(imread(tmp_path / "figure.png").reshape(-1, 4)[:, :3].sum(1).round(2))) > 10  # lines and bands
     with pytest.raises(ValueError, match="wieght"):
-        paired.own_rule("my_study_rule.half", ["delta=0.1", "wieght=0.5"])
+        paired.own_rule("my_study_rule.soft", ["delta=0.1", "wieght=0.5"])
 
 
 def test_no_committed_unit_is_there_twice():
