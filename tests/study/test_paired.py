@@ -193,7 +193,6 @@ def test_a_rule_of_the_users_own_stands_beside_cppo_and_dppo(tmp_path, models, m
     assert all(of["arms"]["my_study_rule.soft 0.08,1"] == of["arms"]["dppo 0.08"] for of in rows)  # weight 1: a mask
     text = frontier.tables(rows, "my_study_rule.soft")
     assert "my_study_rule.soft − DPPO" in text
-    assert "CPPO − DPPO" in text
     frontier.draw(rows, tmp_path / "figure.png")
     assert len(set(imread(tmp_path / "figure.png").reshape(-1, 4)[:, :3].sum(1).round(2))) > 10  # lines and bands
     with pytest.raises(ValueError, match="wieght"):
