@@ -123,23 +123,30 @@ def contrast(rows: Rows, rule: str, other: str, against: str = "kl") -> Interval
     return interval(by_trajectory)
 
 
-def best_step(rows: Rows, rule: str) -> Interval | None:
-    """Gain of a rule at the step of its ladder that gains most on average over all units."""
-    arms = [arm for arm in rows[0]["arms"] if ladder_of(arm) == rule]
-    averages = {arm: np.mean([row["arms"][arm][0] for row in rows]) for arm in arms}
-    best = max(averages, key=averages.__getitem__)
-    by_trajectory: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        by_trajectory[row["trajectory"]].append(row["arms"][best][0])
-    return interval(by_trajectory)
-
-
 def settings(rows: Rows) -> dict[str, list[Mapping[str, Any]]]:
     """The rows by setting."""
     found: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         found[row["setting"]].append(row)
     return found
+
+
+def summary(rows: Rows) -> str:
+    """The settings in Markdown: J before, what the best step of a ladder gains, and contrasts at equal KL."""
+    pairs = (("cppo", "dppo"), ("cppo", "grpo"), ("weight", "dppo"), ("budget", "dppo"))
+    heads = [f"{LABELS[rule]} − {LABELS[other]}" for rule, other in pairs]
+    lines = [f"| setting (units) | J | best gain, none | {' | '.join(heads)} |", f"|---|---|---|{'---|' * len(pairs)}"]
+    for setting, found in settings(rows).items():
+        if "cppo" not in ladders(found[0]):
+            continue
+        gains = {arm: float(np.mean([row["arms"][arm][0] for row in found])) for arm in found[0]["arms"]}
+        cells = [
+            f"{np.mean([row['before'][0] for row in found]):.2f}",
+            f"{max(gains.values()):+.3f}, {gains['none']:+.3f}",
+        ]
+        cells += [str(contrast(found, *pair) or "–") for pair in pairs]
+        lines.append(f"| {setting} ({len(found)}) | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def tables(rows: Rows, own: str | None = None) -> str:

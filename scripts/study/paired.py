@@ -132,7 +132,7 @@ class Setting:
     updates: int = 16
     age: int = 0
     learning_rate: float = 5e-5
-    trajectories: int = 12
+    trajectories: int = 8
     maturities: tuple[int, ...] = (10, 20, 40, 60)
     rollouts: int = 1
 
@@ -300,7 +300,7 @@ TASKS = {
     "first token": Task(6, (("b", 0.05), ("d", 0.15), ("o", 0.35)), (600, 0)),
 }
 SETTINGS = {
-    "main": Setting(arms=MAIN, rollouts=2),
+    "main": Setting(arms=MAIN, trajectories=12, rollouts=2),
     "first token decides": Setting(TASKS["first token"], arms=PARTS),
     "twice the rate": Setting(arms=PARTS, learning_rate=1e-4),
     "four times the rate": Setting(arms=PARTS, learning_rate=2e-4),
@@ -308,8 +308,8 @@ SETTINGS = {
     "2 updates old": Setting(age=2),
     "8 updates old": Setting(age=8),
     "other rules": Setting(arms=OTHERS),
-    "T = 152": Setting(TASKS["long"], arms=PARTS, maturities=(10, 20)),
-    "T = 496": Setting(TASKS["longest"], trajectories=6, maturities=(10, 20)),
+    "T = 152": Setting(TASKS["long"], arms=PARTS, trajectories=6, maturities=(10, 20)),
+    "T = 496": Setting(TASKS["longest"], trajectories=3, maturities=(10, 20)),
 }
 """One factor at a time around the main setting."""
 
@@ -388,6 +388,8 @@ def main() -> None:
     run(settings, options.output, options.processes, options.first, Path("outputs/study"))
     rows = [row for row in whole_lines(options.output) if row["setting"] in settings]
     print(frontier.tables(rows, options.rule))
+    if not options.rule:
+        print(frontier.summary(rows))
     if options.figure:
         frontier.draw(rows, options.figure)
 
