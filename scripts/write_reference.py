@@ -42,8 +42,8 @@ CLI = """\
 # Command line
 
 `cppo-trl`, or `python -m cppo_trl`, has six commands, each with `--help`. `--config` takes a file or the name of a
-[recipe](recipes.md), and flags win over it. An unknown field or a setting that cannot work ends the command in one line before a
-model is loaded.
+[recipe](recipes.md), and flags win over it. An unknown field or a setting that cannot work ends the command in one
+line before a model is loaded.
 
 ```bash
 cppo-trl recipes qwen3-1.7b/one-gpu > mine.yaml # a copy to change; without a name, the list
@@ -60,7 +60,8 @@ It also takes the flags of `accelerate launch`, as `trl grpo` does: `--num_proce
 a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process for each GPU.
 
 Ctrl-C in a run of one process finishes the update and saves a checkpoint to
-[resume](troubleshooting.md#a-run-was-interrupted) from; a second one stops at once, as the first does with several processes.
+[resume](troubleshooting.md#a-run-was-interrupted) from; a second one stops at once, as the first does with several
+processes.
 
 ## cppo-trl plan
 
