@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,12 @@ def audit_golds(
             reasons.append("several boxes, all of which count")
         found["ambiguous"] += [(row, f"{reason}: {text}") for reason in reasons]
     first: dict[str, int] = {}
+    again = []
     for row, prompt in enumerate(prompts or ()):
         key = " ".join(completion_text(prompt).split())
-        if key in first:
-            found["duplicates"].append((row, f"as row {first[key]}: {key!r}"))
-        first.setdefault(key, row)
-    again = [(row, int(text.split(":")[0].removeprefix("as row "))) for row, text in found["duplicates"]]
+        if (before := first.setdefault(key, row)) != row:
+            again.append((row, before))
+            found["duplicates"].append((row, f"as row {before}: {key!r}"))
     outcomes = compare_answers([texts[before] for _, before in again], [texts[row] for row, _ in again])
     for (row, before), outcome in zip(again, outcomes, strict=True):
         if outcome.why not in ("equal", "unparseable_gold"):
@@ -118,21 +118,12 @@ def load_columns(
         rows = load_dataset(kind, data_files=dataset, split="train")
     else:
         rows = load_dataset(dataset, config, split=split)
-    return (
-        _column(rows, gold_column, GOLD_COLUMNS, "gold") or [],
-        _column(rows, prompt_column, PROMPT_COLUMNS, "prompt", needed=prompt_column is not None),
-    )
-
-
-def _column(rows: Any, name: str | None, guesses: Sequence[str], what: str, needed: bool = True) -> list[Any] | None:
-    for path in (name,) if name else guesses:
-        head, *keys = path.split(".")
-        if head in rows.column_names:
-            values = list(rows[head])
-            for key in keys:
-                values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
-            return values
-    if needed:
-        wanted = name or " or ".join(guesses)
-        raise ValueError(f"no column {wanted} among {', '.join(rows.column_names)}; set --{what}-column")
-    return None
+    rows = rows.flatten()  # a nested column is then named with dots
+    columns = []
+    for name, guesses, what in ((gold_column, GOLD_COLUMNS, "gold"), (prompt_column, PROMPT_COLUMNS, "prompt")):
+        found = [column for column in ([name] if name else guesses) if column in rows.column_names]
+        if not found and (name or what == "gold"):
+            wanted = name or " or ".join(guesses)
+            raise ValueError(f"no column {wanted} among {', '.join(rows.column_names)}; set --{what}-column")
+        columns.append(list(rows[found[0]]) if found else None)
+    return columns[0] or [], columns[1]

@@ -127,7 +127,7 @@ class _Batch:
 
 
 class Checker:
-    """Compares answers in worker processes; safe to use from any thread, and from forked children.
+    """Compares answers in worker processes; safe to use from any thread. A forked child needs one of its own.
 
     Args:
         workers: Number of processes. Default: the cores this process may use divided by ``LOCAL_WORLD_SIZE`` (the
@@ -146,21 +146,13 @@ class Checker:
         if memory_mb < 512:
             raise ValueError(f"memory_mb must be at least 512, got {memory_mb}")
         self.workers = workers
+        self.owner = os.getpid()
         self._memory_bytes = memory_mb << 20
         self._children: list[_Worker] = []
         self._lock = threading.Lock()
         self._starter = ThreadPoolExecutor(1)  # Linux ends a worker with the thread that starts it
         self._closings = 0
         _checkers.add(self)
-
-    def forget(self) -> None:
-        """In a forked child: the processes and the lock are the parent's; keep only the settings."""
-        for child in self._children:
-            child.socket.close()
-            child.process.returncode = 0  # not ours to wait for
-        self._children = []
-        self._lock = threading.Lock()
-        self._starter = ThreadPoolExecutor(1)
 
     def check(
         self, pairs: Sequence[Pair], time_limit: float = 5.0, progress: Callable[[int], object] | None = None
@@ -260,31 +252,19 @@ class Checker:
 
 
 _checkers: "weakref.WeakSet[Checker]" = weakref.WeakSet()
-_shared: Checker | None = None
-_shared_lock = threading.Lock()
+_shared: dict[int, Checker] = {}  # by process
 
 
 def shared_checker() -> Checker:
     """Return the one pool of this process, made on first use; ``CPPO_REWARD_WORKERS`` sets its size."""
-    global _shared  # noqa: PLW0603
-    with _shared_lock:
-        if _shared is None:
-            workers = os.environ.get("CPPO_REWARD_WORKERS")
-            _shared = Checker(int(workers) if workers else None)
-        return _shared
+    if os.getpid() not in _shared:
+        workers = os.environ.get("CPPO_REWARD_WORKERS")
+        _shared.setdefault(os.getpid(), Checker(int(workers) if workers else None))  # of several threads, one makes it
+    return _shared[os.getpid()]
 
 
+@atexit.register
 def _close_all() -> None:
     for checker in list(_checkers):
-        checker.close()
-
-
-def _forget_all() -> None:
-    global _shared_lock  # noqa: PLW0603
-    _shared_lock = threading.Lock()
-    for checker in list(_checkers):
-        checker.forget()
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)
+        if checker.owner == os.getpid():  # a forked child inherits its parent's
+            checker.close()
