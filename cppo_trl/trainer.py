@@ -34,21 +34,8 @@ from cppo_trl.seam.topk import EngineTopK, check_kernel
 _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
     "_compute_loss": ["self", "model", "inputs"],
     "_generate_and_score_completions": ["self", "inputs"],
-    "_get_per_token_logps_and_entropies": [
-        "self",
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-    ],
-    "get_off_policy_mask": [
-        "advantages",
-        "per_token_logps",
-        "sampling_per_token_logps",
-        "mask",
-        "off_policy_threshold",
-    ],
+    "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep batch_size".split(),
+    "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold".split(),
 }
 
 

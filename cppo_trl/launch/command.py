@@ -5,6 +5,7 @@ Each command imports what it needs when it runs, so that ``--help`` and ``recipe
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,10 +117,5 @@ def _is_ours(error: Exception) -> bool:
     """Whether the error is a `RunError`, or one that this package's own code raised, and nothing that it calls."""
     from cppo_trl.output.checkpoints import RunError
 
-    if isinstance(error, RunError):
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == "cppo_trl"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, RunError) or frame.f_globals.get("__name__", "").partition(".")[0] == "cppo_trl"
