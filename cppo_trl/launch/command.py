@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cppo_trl.launch import recipes
+from cppo_trl.report import command as report
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -54,12 +55,6 @@ def _prepare_data(arguments: Sequence[str]) -> None:
     print(f"written to {args.output_dir}")
 
 
-def _report(arguments: Sequence[str]) -> None:
-    from cppo_trl.report.command import main
-
-    main(arguments)
-
-
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str, str]] = {
     "train": (
         _train,
@@ -69,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str, str]] = {
     "plan": (_plan, "Resolve a recipe for a number of processes without loading a model.", "Repeat the command."),
     "evaluate": (_evaluate, "Evaluate a model on benchmarks or a file.", "The same command resumes the evaluation."),
     "prepare-data": (_prepare_data, "Make a dataset to train on, and a test split.", "Repeat the command."),
-    "report": (_report, "Draw what the trust region did in finished or running trainings.", "Repeat the command."),
+    "report": (report.main, "Draw what the trust region did in finished or running trainings.", "Repeat the command."),
     "recipes": (recipes.main, "List the recipes, or print one to start from.", "Repeat the command."),
 }
 """The commands: function, help, and what to do after an interruption."""

@@ -61,9 +61,7 @@ def _without_missing_names(text: str, base_model: str, output_dir: Path, hub_mod
 
 def _amend(text: str, old: str, new: str) -> str:
     if old not in text:
-        warnings.warn(
-            f"TRL's model card no longer says {old!r}, so cppo_trl does not complete that part.", stacklevel=2
-        )
+        warnings.warn(f"TRL's model card no longer says {old!r}: this part is not completed.", stacklevel=2)
     return text.replace(old, new)
 
 

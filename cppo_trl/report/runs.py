@@ -76,9 +76,7 @@ def _read_run(directory: Path, name: str) -> Run:
     state = next((path for path in states if path.exists()), None)
     profiles = read_lines(directory / PROFILES)
     if state is None and not profiles:
-        raise ValueError(
-            f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run that has made an update."
-        )
+        raise ValueError(f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run.")
     history = _read_json(state)["log_history"] if state else []
     about, results = _read_json(directory / RUN), _read_json(directory / _RESULTS)
     return Run(name, about, history, profiles, read_lines(directory / TOKENS), results)
@@ -111,12 +109,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def _setting(run: Run) -> dict[str, Any]:
     """The configuration without seed and bookkeeping; a seed in the model's path is blanked."""
-    method = {k: v for k, v in sorted(run.config.items(), key=_trust_region_first) if not _BOOKKEEPING.match(k)}
+    names = sorted(run.config, key=lambda name: (name != "trust_region", name))
+    method = {name: run.config[name] for name in names if not _BOOKKEEPING.match(name)}
     return {**method, "model": re.sub(rf"(seed\D?){run.config.get('seed')}\b", r"\1*", run.about.get("model", ""))}
-
-
-def _trust_region_first(item: tuple[str, Any]) -> tuple[bool, str]:
-    return item[0] != "trust_region", item[0]
 
 
 def _words(field: str, value: Any) -> str:

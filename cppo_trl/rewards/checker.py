@@ -16,6 +16,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
@@ -126,7 +127,7 @@ class _Batch:
         return chunk
 
 
-class Checker:
+class Checker(AbstractContextManager):
     """Compares answers in worker processes; safe to use from any thread. A forked child needs one of its own.
 
     Args:
@@ -192,9 +193,6 @@ class Checker:
             for child in list(self._children):
                 self._end(child)
 
-    def __enter__(self) -> "Checker":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
@@ -237,8 +235,7 @@ class Checker:
         self._end(child)
         if not child.started and (overdue or child.process.returncode > 0 or batch.starts > START_ATTEMPTS):
             raise RuntimeError(
-                "a reward worker does not start; what it said is on standard error. "
-                f"Does `{sys.executable} -c 'import mpmath'` work?"
+                f"a reward worker does not start; see standard error. Does `{sys.executable} -c 'import mpmath'` work?"
             )
         if child.pairs and not overdue:
             batch.deaths[child.pairs[0]] += 1

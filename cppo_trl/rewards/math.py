@@ -151,9 +151,7 @@ class AccuracyReward:
             RuntimeError: If no worker process can be started.
         """
         if len(completions) != len(solution):
-            raise ValueError(
-                f"solution has {len(solution)} golds for {len(completions)} completions; give one for each"
-            )
+            raise ValueError(f"solution has {len(solution)} golds for {len(completions)} completions; give one each")
         answers = [extract_answer(completion_text(completion), self.sources) for completion in completions]
         return compare_answers([extract_gold(gold) for gold in solution], answers, self.time_limit, progress)
 

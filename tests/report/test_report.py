@@ -209,7 +209,7 @@ def test_the_outcome_comes_first(tmp_path):
         ("tokens masked", "10.00%"),
     ]
     assert (rows["dataset"], rows["begun"]) == ("sums", run.about["date"])
-    assert run.date[:4].isdigit()
+    assert run.about["date"][:4].isdigit()
 
 
 def test_the_curves_of_the_model_card_hold_what_was_logged(tmp_path):
