@@ -20,8 +20,8 @@ class AsyncCPPOConfig(TrustRegionConfig, AsyncGRPOConfig):
         self._resolve_rule()
         if self.uses_topk:
             raise ValueError(
-                f"cppo_divergence={self.cppo_divergence!r}: TRL's rollout worker asks for no Top-K. "
-                "Set cppo_divergence to binary_tv or binary_kl."
+                f"cppo_divergence={self.cppo_divergence!r}: TRL's rollout worker asks for the sampled token's "
+                "log-prob alone. Set cppo_divergence to binary_tv or binary_kl."
             )
         self._rename_checkpointing()
         super().__post_init__()
