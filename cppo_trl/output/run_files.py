@@ -60,7 +60,9 @@ def exclusive(directory: Path, main_process: bool = True) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             if (holder := file.read()) != me:
-                raise ValueError(f"output_dir={name!r} is in use by {holder}. Choose another.") from error
+                raise ValueError(
+                    f"output_dir={name!r} is in use by {holder}. Wait for it, or choose another."
+                ) from error
         else:
             file.truncate(0)
             print(me, end="", file=file, flush=True)
