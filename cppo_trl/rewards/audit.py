@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm.auto import trange
+
 from cppo_trl.rewards.answers import extract_gold
+from cppo_trl.rewards.checker import Outcome
 from cppo_trl.rewards.math import AccuracyReward, compare_answers, completion_text
 from cppo_trl.rewards.reading import read
 
@@ -22,6 +25,7 @@ MEANINGS = {
     "duplicates": "the prompt stands in an earlier row",
     "conflicts": "the prompt stands in an earlier row, with another gold",
 }
+_PART = 1000  # golds between two steps of the progress bar
 _AMBIGUOUS = {
     "a point or an open interval": r"\(-?[\d.]+,\s*-?[\d.]+\)",
     "a number or a list": r"[1-9]\d\d,\d{3}",
@@ -52,20 +56,19 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit_golds(
-    golds: Sequence[Any], prompts: Sequence[Any] | None = None, progress: Callable[[int], object] | None = None
-) -> Audit:
+def audit_golds(golds: Sequence[Any], prompts: Sequence[Any] | None = None) -> Audit:
     """Check golds and, where given, prompts.
 
     Args:
         golds: As a dataset holds them.
         prompts: Strings or lists of messages, one for each gold.
-        progress: Called with the number of golds checked since the last call.
     """
     audit = Audit(rows=len(golds))
     found = audit.findings
     texts = [extract_gold(gold) for gold in golds]
-    own = AccuracyReward().grade([rf"\boxed{{{text}}}" for text in texts], golds, progress)
+    boxed, own = [rf"\boxed{{{text}}}" for text in texts], list[Outcome]()
+    for start in trange(0, len(golds), _PART, desc="Checking gold answers"):
+        own += AccuracyReward().grade(boxed[start : start + _PART], golds[start : start + _PART])
     changed = compare_answers(texts, [_changed(text or "") for text in texts])
     for row, (text, itself, other) in enumerate(zip(texts, own, changed, strict=True)):
         if text is None or "unparseable_gold" in (itself.why, other.why):

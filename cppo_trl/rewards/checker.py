@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -88,32 +88,26 @@ class _Worker:
 class _Batch:
     """The state of one call: what waits, what is answered, and what is known to be stuck."""
 
-    def __init__(self, pairs: Sequence[Pair], time_limit: float, progress: Callable[[int], object] | None):
-        self.counts = Counter(pairs)
-        self.waiting = deque(self.counts)
+    def __init__(self, pairs: Sequence[Pair], time_limit: float):
+        self.waiting = deque(dict.fromkeys(pairs))
+        self.count = len(self.waiting)
         self.outcomes: dict[Pair, Outcome] = {}
         self.deaths: Counter[Pair] = Counter()
         self.starts = 0
         self.timeouts = 0
         self.stuck: Counter[str] = Counter()  # time-outs by text
         self._time_limit = time_limit
-        self._progress = progress
 
     @property
     def seconds(self) -> float:
         """The time limit, a quarter of it after each answer that was stuck: a batch of them should not add up."""
         return max(self._time_limit / 4**self.timeouts, min(self._time_limit, SHORTEST_LIMIT_S))
 
-    def settle(self, pair: Pair, outcome: Outcome) -> None:
-        self.outcomes[pair] = outcome
-        if self._progress:
-            self._progress(self.counts[pair])
-
     def time_out(self, pair: Pair) -> None:
         """Settle a pair that is stuck; a gold or an answer is given up at the second."""
         self.timeouts += 1
         self.stuck.update(pair)
-        self.settle(pair, Outcome("timeout"))
+        self.outcomes[pair] = Outcome("timeout")
 
     def take(self, share: int) -> list[Pair]:
         """Return the next pairs for a worker; settle those that are given up."""
@@ -121,7 +115,7 @@ class _Batch:
         while self.waiting and len(chunk) < min(CHUNK_ITEMS, share):
             pair = self.waiting.popleft()
             if max(self.stuck[text] for text in pair) > 1:
-                self.settle(pair, Outcome("timeout"))
+                self.outcomes[pair] = Outcome("timeout")
             else:
                 chunk.append(pair)
         return chunk
@@ -155,25 +149,22 @@ class Checker(AbstractContextManager):
         self._closings = 0
         _checkers.add(self)
 
-    def check(
-        self, pairs: Sequence[Pair], time_limit: float = 5.0, progress: Callable[[int], object] | None = None
-    ) -> list[Outcome]:
+    def check(self, pairs: Sequence[Pair], time_limit: float = 5.0) -> list[Outcome]:
         """Compare each (gold, answer); the outcomes come in the order of the pairs.
 
         Args:
             pairs: Gold and answer, as from ``extract_gold`` and ``extract_answer``. Equal pairs are compared once.
             time_limit: Seconds one comparison may take; a quarter of that after each that took longer.
-            progress: Called with the number of pairs answered since the last call.
 
         Raises:
             RuntimeError: If no worker can be started.
             CancelledError: If the checker is closed meanwhile.
         """
-        batch = _Batch(pairs, time_limit, progress)
+        batch = _Batch(pairs, time_limit)
         with self._lock:
             closings = self._closings
             try:
-                while len(batch.outcomes) < len(batch.counts):
+                while len(batch.outcomes) < batch.count:
                     if self._closings != closings:
                         raise CancelledError
                     self._hand_out(batch)
@@ -220,7 +211,7 @@ class Checker(AbstractContextManager):
                 if child.socket in ready:
                     for message in child.receive():
                         if child.started:
-                            batch.settle(child.pairs.popleft(), Outcome(*message))
+                            batch.outcomes[child.pairs.popleft()] = Outcome(*message)
                         child.started = True
                         child.deadline = time.monotonic() + batch.seconds
                 elif child.deadline < time.monotonic():
@@ -240,7 +231,7 @@ class Checker(AbstractContextManager):
         if child.pairs and not overdue:
             batch.deaths[child.pairs[0]] += 1
             if batch.deaths[child.pairs[0]] == MAX_DEATHS:
-                batch.settle(child.pairs.popleft(), Outcome("crash"))
+                batch.outcomes[child.pairs.popleft()] = Outcome("crash")
         batch.waiting.extendleft(reversed(child.pairs))
 
     def _end(self, child: _Worker) -> None:
