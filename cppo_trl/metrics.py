@@ -17,24 +17,9 @@ POSITION_BINS = 20
 _BLOCK = 64  # tokens that a prefix sum adds at once
 _MANTISSA, _LOWEST_OCTAVE, _OCTAVES = 6, -24, 32  # bits by which a divergence of 2^-24 to 2^8 is told apart: to 0.8 %
 _SUMS = (
-    "ratio",
-    "nonfinite_losses",
-    "away",
-    "positive",
-    "masked_positive",
-    "budgeted",
-    "delta_b",
-    "bounded",
-    "at_bound",
-    "listed",
-    "topk_mass",
-    "weight",
-    "theorem_prefixes",
-    "theorem_responses",
-    "unmoved",
-    "unmoved_divergence",
-    "unmoved_log_ratio",
-)
+    "ratio nonfinite_losses away positive masked_positive budgeted delta_b bounded at_bound listed topk_mass weight "
+    "theorem_prefixes theorem_responses unmoved unmoved_divergence unmoved_log_ratio"
+).split()
 _MAXIMA = ("divergence", "ratio", "delta_b", "length", "advantage")
 _PROFILE_START = len(_SUMS) + (_OCTAVES << _MANTISSA)
 _PROFILE = ("tokens", "divergence", "active", "masked_by_threshold", "masked_by_budget", "prefix_average")

@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from cppo_trl.config import CPPOConfig
 from cppo_trl.metrics import summarize
 from cppo_trl.output.run_files import append_tokens
-from cppo_trl.output.tokens import token_records, token_table
+from cppo_trl.output.tokens import token_records
 from cppo_trl.output.trainer import GuardedOutput
 from cppo_trl.seam import checks
 from cppo_trl.seam.state import Loss, Rollout, UpdateLedger, skip_zero_std_prompts
@@ -34,21 +34,8 @@ from cppo_trl.seam.topk import EngineTopK, check_kernel
 _HOOKS = {  # the parts of TRL 1.16 that the seam relies on, by their first parameters
     "_compute_loss": ["self", "model", "inputs"],
     "_generate_and_score_completions": ["self", "inputs"],
-    "_get_per_token_logps_and_entropies": [
-        "self",
-        "model",
-        "input_ids",
-        "attention_mask",
-        "logits_to_keep",
-        "batch_size",
-    ],
-    "get_off_policy_mask": [
-        "advantages",
-        "per_token_logps",
-        "sampling_per_token_logps",
-        "mask",
-        "off_policy_threshold",
-    ],
+    "_get_per_token_logps_and_entropies": "self model input_ids attention_mask logits_to_keep batch_size".split(),
+    "get_off_policy_mask": "advantages per_token_logps sampling_per_token_logps mask off_policy_threshold".split(),
 }
 
 
@@ -94,9 +81,7 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
             name = model if isinstance(model, str) else model.config._name_or_path
             args = CPPOConfig(f"{name.split('/')[-1]}-CPPO")
         if not isinstance(args, CPPOConfig):
-            raise TypeError(
-                f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__}. It takes the same fields."
-            )
+            raise TypeError(f"args must be a cppo_trl.CPPOConfig; got {type(args).__name__} (same fields).")
         if args.uses_topk:
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
@@ -180,6 +165,6 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
             self._engine_check(self.state.global_step, scalars)
         update, every = self.state.global_step + 1, self.args.log_tokens_steps
         if mode == "train" and self.is_world_process_zero() and every and update % every == 0:
-            records = token_records(token_table(last.batch, *last.judged), self._tokenizer.batch_decode)
+            records = token_records(last.batch, *last.judged, self._tokenizer.batch_decode)
             append_tokens(Path(self.args.output_dir), update, records)
         self._log_update(mode, scalars, total)

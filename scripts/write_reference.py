@@ -41,9 +41,9 @@ All rules except `minpro` and `cispo` also read `cppo_ratio_cap`.
 CLI = """\
 # Command line
 
-`cppo-trl`, or `python -m cppo_trl`, has six commands; `--help` lists the fields of each. `--config` takes a file or
-the name of a [recipe](recipes.md), and flags win over it. An unknown field or a setting that cannot work ends the
-command in one line before a model is loaded.
+`cppo-trl`, or `python -m cppo_trl`, has six commands, each with `--help`. `--config` takes a file or the name of a
+[recipe](recipes.md), and flags win over it. An unknown field or a setting that cannot work ends the command in one
+line before a model is loaded.
 
 ```bash
 cppo-trl recipes qwen3-1.7b/one-gpu > mine.yaml # a copy to change; without a name, the list
@@ -54,15 +54,14 @@ cppo-trl train --config qwen3-8b-base/paper-8k --accelerate_config fsdp2 --num_p
 ## cppo-trl train
 
 takes the fields of a recipe: those of [`CPPOConfig`](configuration.md), of TRL's `ScriptArguments`, `ModelConfig` and
-`DatasetMixtureConfig`, and these. `--help_all` lists them all.
+`DatasetMixtureConfig` (`--help_all` lists them), and these.
 {train}
 It also takes the flags of `accelerate launch`, as `trl grpo` does: `--num_processes 2`, or `--accelerate_config` with
 a file, a name of ours (`cppo-trl recipes`) or of TRL's. Without any, it trains in one process for each GPU.
 
-Ctrl-C in a run of one process finishes the update and saves a checkpoint; a second one stops at once. Several
-processes stop at once. [Resume](troubleshooting.md#a-run-was-interrupted) with `--resume_from_checkpoint true`.
-
-The console shows a dozen metrics; `trainer_state.json` and trackers have [all](metrics.md).
+Ctrl-C in a run of one process finishes the update and saves a checkpoint to
+[resume](troubleshooting.md#a-run-was-interrupted) from; a second one stops at once, as the first does with several
+processes.
 
 ## cppo-trl plan
 
@@ -85,8 +84,9 @@ draws finished or running trainings as one page: `cppo-trl report RUN_DIR ... --
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A markdown table."""
-    lines = [head, ["---"] * len(head), *([re.sub(r"([|<])", r"\\\1", cell) for cell in row] for row in rows)]
-    return "\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    lines = [[re.sub(r"([|<])", r"\\\1", cell) for cell in row] for row in (head, *rows)]
+    written = [f"| {' | '.join(line)} |\n" for line in lines]
+    return "".join(["\n", written[0], f"|{'---|' * len(head)}\n", *written[1:]])
 
 
 def code(value: str) -> str:

@@ -42,24 +42,14 @@ class FileTransfer:
     def __init__(self, server_url: str, path: Path, timeout: float = 600.0) -> None:
         from trl.experimental.async_grpo.vllm_client import VLLMClient  # noqa: PLC0415 (not in the server)
 
-        self._client, self._path, self._timeout = VLLMClient(server_url), path, timeout
-
-    def init_weight_transfer(self) -> None:
-        """Wait for the server."""
-        self._client.wait_for_server_ready()
-
-    def pause(self) -> None:
-        """Hold the server's requests."""
-        self._client.pause()
+        client = VLLMClient(server_url)
+        self._url, self._path, self._timeout = client.server_url, path, timeout
+        self.init_weight_transfer, self.pause, self.resume = client.wait_for_server_ready, client.pause, client.resume
 
     def send_weights(self, iterator: Iterator[tuple[str, Tensor]]) -> None:
         """Write the weights and have the server read them."""
         weights = {name: weight.cpu().clone().contiguous() for name, weight in iterator}
-        load_on_server(self._client.server_url, weights, self._path, self._timeout)
-
-    def resume(self) -> None:
-        """Go on with the server's requests."""
-        self._client.resume()
+        load_on_server(self._url, weights, self._path, self._timeout)
 
     def destroy(self) -> None:
         """Nothing is held."""

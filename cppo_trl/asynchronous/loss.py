@@ -56,9 +56,7 @@ class PackedLoss:
         self._outputs = outputs = model(**kwargs)
         logps = outputs.log_probs.flatten()[self._position]
         if logps.dtype != torch.float32:
-            raise RuntimeError(
-                f"The log-probs of the policy are {logps.dtype}, not fp32: rounding would count as drift."
-            )
+            raise RuntimeError(f"The log-probs of the policy are {logps.dtype}, not fp32: rounding would be drift.")
         self._judge(logps.detach())
         value = self._log_ratio + self.inputs["old_log_probs"][self.inputs["token_index"] >= 0]
         outputs.log_probs = value + self._weight * (logps - logps.detach())

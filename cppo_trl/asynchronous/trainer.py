@@ -59,9 +59,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
         if args is None:
             args = AsyncCPPOConfig(f"{model.rsplit('/', maxsplit=1)[-1]}-AsyncCPPO")
         if not isinstance(args, AsyncCPPOConfig):
-            raise TypeError(
-                f"args must be a cppo_trl.AsyncCPPOConfig; got {type(args).__name__}. It takes the same fields."
-            )
+            raise TypeError(f"args must be a cppo_trl.AsyncCPPOConfig; got {type(args).__name__} (same fields).")
         super().__init__(model, reward_funcs, args, *rest, **kwargs)
         checks.keep_fp32_outputs(self.accelerator)
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity
@@ -115,8 +113,7 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
         table, off, record = total[:size], total[size], total[size + 1 :]
         if off > TOLERANCE:
             raise RuntimeError(
-                f"The loss of the installed TRL differs from the surrogate by {off:.1%}: it computes something else "
-                "than cppo_trl was made for. Install trl>=1.16,<1.17 unpatched."
+                f"TRL's loss differs from the surrogate by {off:.1%}. Install trl>=1.16,<1.17 unpatched."
             )
         scalars = summarize(record, self.args.theorem_bound) | staleness_scalars(table)
         self._engine_check(self.state.global_step, scalars)
@@ -148,9 +145,8 @@ class AsyncCPPOTrainer(GuardedOutput, AsyncGRPOTrainer):
             if isinstance(self.rollout_worker, AsyncRolloutWorker) and not self._server_answers():
                 raise RunError(
                     f"The vLLM server at {self.args.vllm_server_base_url} no longer answers, after "
-                    f"{self.state.global_step} updates. Start it again, and the same command with "
-                    "resume_from_checkpoint set to true: it goes on from the last checkpoint in "
-                    f"{self.args.output_dir}."
+                    f"{self.state.global_step} updates. Start it again, and repeat the command with "
+                    f"resume_from_checkpoint set to true: {self.args.output_dir} holds the last checkpoint."
                 ) from error
             raise
 

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from cppo_trl.data.templates import TEMPLATES, Messages, strip_template
@@ -46,10 +47,6 @@ def _dapo_problem(messages: Messages) -> str:
 def _gsm8k_answer(solution: str) -> str | None:
     _, mark, answer = solution.rpartition("####")
     return answer.strip().replace(",", "") if mark else None
-
-
-def _boxed_answer(solution: str) -> str | None:
-    return extract_answer(solution, ("boxed",))
 
 
 def _math_level(level: str) -> float | None:
@@ -99,7 +96,7 @@ SOURCES = {
         "*/train-*.parquet",
         "MIT",
         {"prompt": "problem", "solution": "solution", "subject": "type", "difficulty": "level"},
-        {"solution": _boxed_answer, "difficulty": _math_level},
+        {"solution": partial(extract_answer, sources=("boxed",)), "difficulty": _math_level},
     ),
     "deepmath-103k": Source(
         "zwhe99/DeepMath-103K",

@@ -25,8 +25,7 @@ _SHORTEST_QUOTE = 40  # letters and digits an evaluation problem needs to be loo
 
 def unusable_golds(data: Dataset) -> Reasons:
     """Find gold answers that the reward cannot read, or that do not earn their own reward."""
-    with tqdm(total=len(data), desc="Checking gold answers", unit="row") as bar:
-        findings = audit_golds(list(data["solution"]), progress=bar.update).findings
+    findings = audit_golds(list(data["solution"])).findings
     found = dict(findings["unusable"] + findings["unequal"])
     return [found.get(row) for row in range(len(data))]
 
@@ -62,11 +61,8 @@ def letters_and_digits(text: str) -> str:
 
 
 def _first_match(text: str, by_start: dict[str, list[tuple[str, str]]]) -> str | None:
-    for problem, name in by_start.get(text[:_SHORTEST_QUOTE], ()):
-        if text == problem:
-            return f"is {name}"
-    for start in range(len(text) - _SHORTEST_QUOTE + 1):
+    for start in range(max(1, len(text) - _SHORTEST_QUOTE + 1)):
         for problem, name in by_start.get(text[start : start + _SHORTEST_QUOTE], ()):
             if text.startswith(problem, start):
-                return f"contains {name}"
+                return f"{'is' if text == problem else 'contains'} {name}"
     return None

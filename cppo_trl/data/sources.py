@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from cppo_trl.data.catalogue import SOURCES
 from cppo_trl.data.templates import Messages, template_named
+from cppo_trl.rewards.audit import FORMATS
 from cppo_trl.rewards.math import completion_text
 
 FEATURES = Features(
@@ -23,7 +24,6 @@ FEATURES = Features(
         "difficulty": Value("float64"),
     }
 )
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 LOCAL_COLUMNS = ("prompt", "solution", "id", "subject", "difficulty")
 
 

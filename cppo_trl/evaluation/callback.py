@@ -35,8 +35,6 @@ class EvaluationCallback(TrainerCallback):
         sampling: How completions are sampled; independent of how rollouts are.
         every: Updates between two evaluations.
         reward: As in `cppo_trl.evaluation.grading.grade`.
-        batch_size: Completions that a process generates at a time without vLLM. Defaults to
-            ``per_device_eval_batch_size``.
     """
 
     def __init__(
@@ -47,11 +45,10 @@ class EvaluationCallback(TrainerCallback):
         *,
         every: int,
         reward: Reward = accuracy_reward,
-        batch_size: int | None = None,
     ):
         self.trainer, self.problems, self.sampling = trainer, problems, sampling
         self.every, self.reward = every, reward
-        self.batch_size = batch_size or trainer.args.per_device_eval_batch_size
+        self.batch_size = trainer.args.per_device_eval_batch_size
         self._results: list[dict[str, Any]] = []  # of each evaluation, as `table` takes them
 
     def card_sections(self) -> dict[str, str]:

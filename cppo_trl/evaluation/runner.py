@@ -76,9 +76,7 @@ def claim(directory: Path, settings: dict[str, Any]) -> None:
     elif any(entry.name != LOCK for entry in directory.iterdir()):
         raise ValueError(f"output_dir: {directory} is not empty and holds no evaluation. Use another one.")
     else:
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(settings, indent=2) + "\n")
-        unfinished.rename(path)
+        path.write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def _whole_records(path: Path) -> dict[tuple[str, str], Record]:

@@ -5,11 +5,13 @@ Each command imports what it needs when it runs, so that ``--help`` and ``recipe
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from cppo_trl.launch import recipes
+from cppo_trl.report import command as report
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -53,12 +55,6 @@ def _prepare_data(arguments: Sequence[str]) -> None:
     print(f"written to {args.output_dir}")
 
 
-def _report(arguments: Sequence[str]) -> None:
-    from cppo_trl.report.command import main
-
-    main(arguments)
-
-
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str, str]] = {
     "train": (
         _train,
@@ -68,7 +64,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str, str]] = {
     "plan": (_plan, "Resolve a recipe for a number of processes without loading a model.", "Repeat the command."),
     "evaluate": (_evaluate, "Evaluate a model on benchmarks or a file.", "The same command resumes the evaluation."),
     "prepare-data": (_prepare_data, "Make a dataset to train on, and a test split.", "Repeat the command."),
-    "report": (_report, "Draw what the trust region did in finished or running trainings.", "Repeat the command."),
+    "report": (report.main, "Draw what the trust region did in finished or running trainings.", "Repeat the command."),
     "recipes": (recipes.main, "List the recipes, or print one to start from.", "Repeat the command."),
 }
 """The commands: function, help, and what to do after an interruption."""
@@ -116,10 +112,5 @@ def _is_ours(error: Exception) -> bool:
     """Whether the error is a `RunError`, or one that this package's own code raised, and nothing that it calls."""
     from cppo_trl.output.checkpoints import RunError
 
-    if isinstance(error, RunError):
-        return True
-    frame = error.__traceback__
-    while frame is not None and frame.tb_next is not None:
-        frame = frame.tb_next
-    module = "" if frame is None else frame.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] == "cppo_trl"
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, RunError) or frame.f_globals.get("__name__", "").partition(".")[0] == "cppo_trl"

@@ -219,9 +219,7 @@ def _missing_here(
         notes.append("bf16=true, which no GPU here supports: the machine that trains must")
     for name in dataset_names(script, mixture):
         if not os.path.exists(name):
-            notes.append(
-                f"dataset {name!r} is not on this machine: on the Hub, or to be made by cppo-trl prepare-data"
-            )
+            notes.append(f"dataset {name!r} is not on this machine: on the Hub, or made by cppo-trl prepare-data")
     return notes
 
 

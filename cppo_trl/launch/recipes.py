@@ -43,10 +43,8 @@ def find(name: str, known: dict[str, Path], flag: str) -> str:
     if Path(name).is_file():
         return name
     if name not in known:
-        raise ValueError(
-            f"{flag}: cannot read {name} (No such file, and no recipe's name).{nearest([name], known)} "
-            "`cppo-trl recipes` lists them."
-        )
+        hint = nearest([name], known) or " `cppo-trl recipes` lists the names."
+        raise ValueError(f"{flag}: cannot read {name} (No such file, and no recipe's name).{hint}")
     return str(known[name])
 
 

@@ -255,10 +255,6 @@ def dataset_names(script: CPPOScriptArguments, mixture: DatasetMixtureConfig) ->
     return [dataset.path for dataset in mixture.datasets] or [script.dataset_name or ""]
 
 
-def _in_cache(name: str) -> bool:
-    return Path(datasets.config.HF_DATASETS_CACHE, name.replace("/", "___")).exists()
-
-
 def load_data(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMixtureConfig) -> Any:
     """Load the datasets of a run, split by name, and check what training needs of them.
 
@@ -274,7 +270,8 @@ def load_data(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMi
         elif os.path.exists(os.path.join(script.dataset_name, "dataset_dict.json")):
             data = load_from_disk(script.dataset_name)
         else:
-            if not (os.path.exists(script.dataset_name) or _in_cache(script.dataset_name)):
+            cached = Path(datasets.config.HF_DATASETS_CACHE, script.dataset_name.replace("/", "___"))
+            if not (os.path.exists(script.dataset_name) or cached.exists()):
                 require_on_hub(script.dataset_name, "dataset", "Check dataset_name, or make it: cppo-trl prepare-data")
             data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     except (DatasetGenerationError, StopIteration, OSError) as error:  # a file without rows, or not in its format

@@ -81,8 +81,7 @@ def checkpoint_to_resume(output_dir: str, resume: str | bool | None, main_proces
         if wrong := defect(Path(resume)):
             state = f"is incomplete: {wrong}" if Path(resume).is_dir() else "does not exist"
             raise ValueError(
-                f"resume_from_checkpoint={resume!r} {state}. Set it to true for the last complete checkpoint in "
-                "output_dir."
+                f"resume_from_checkpoint={resume!r} {state}. Set it to true for the last complete checkpoint."
             )
         return resume
     last, skipped = last_checkpoint(output_dir)

@@ -3,7 +3,6 @@
 import os
 import re
 import sys
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -40,8 +39,8 @@ def complete_card(trainer: Trainer) -> None:
     prompt = next(iter(trainer.train_dataset)).get("prompt")
     if isinstance(prompt, str):  # the example would chat
         text = re.sub(r'^question = ".*"$', lambda _: f"question = {prompt!r}", text, flags=re.MULTILINE)
-        text = _amend(text, 'generator([{"role": "user", "content": question}]', "generator(question")
-    card.text = _amend(text, "### Framework versions", f"{added}### Framework versions")
+        text = text.replace('generator([{"role": "user", "content": question}]', "generator(question")
+    card.text = text.replace("### Framework versions", f"{added}### Framework versions")
     card.save(path)
 
 
@@ -55,16 +54,8 @@ def _without_missing_names(text: str, base_model: str, output_dir: Path, hub_mod
     if not base_model or os.path.isdir(base_model):
         name = f"the local model `{base_model}`" if base_model else "a model made in memory"
         none = "a fine-tuned version of [None](https://huggingface.co/None)"
-        text = _amend(text, none, f"fine-tuned from {name}")
-    return text if hub_model_id else _amend(text, 'model="None"', f'model="{output_dir}"')
-
-
-def _amend(text: str, old: str, new: str) -> str:
-    if old not in text:
-        warnings.warn(
-            f"TRL's model card no longer says {old!r}, so cppo_trl does not complete that part.", stacklevel=2
-        )
-    return text.replace(old, new)
+        text = text.replace(none, f"fine-tuned from {name}")
+    return text if hub_model_id else text.replace('model="None"', f'model="{output_dir}"')
 
 
 def _license(base_model: str) -> str | None:

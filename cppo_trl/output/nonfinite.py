@@ -22,15 +22,12 @@ def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
         RunError: in training.
     """
     if mode == "eval":
-        warnings.warn(
-            "The loss of an evaluation batch is not finite; see eval_cppo/nonfinite_losses. Training goes on.",
-            stacklevel=3,
-        )
+        warnings.warn("The loss of an evaluation batch is not finite; see eval_cppo/nonfinite_losses.", stacklevel=3)
         return
     last, _ = last_checkpoint(output_dir)
     raise RunError(
-        f"The loss of update {update} is not finite: the weights are not changed by it. Look for a reward that is "
-        f"infinite, or lower the learning rate. The last complete checkpoint is {last or 'none'}."
+        f"The loss of update {update} is not finite: the weights are not changed by it. Look for an infinite reward, "
+        f"or lower the learning rate. The last complete checkpoint is {last or 'none'}."
     )
 
 

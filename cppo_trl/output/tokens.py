@@ -1,7 +1,7 @@
 """A few responses of an update, token by token: what the trust region saw and what it decided."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,27 +14,17 @@ RESPONSES, RESPONSE_TOKENS, PROMPT_TOKENS = 4, 1024, 256
 """At most so many responses of a batch are kept, so many first tokens of each, and so many last ones of its prompt."""
 
 
-class TokenTable(NamedTuple):
-    """The kept responses on the host."""
-
-    prompts: Any
-    """``(R, P)`` token ids, -1 for padding"""
-    columns: dict[str, Any]
-    """by name, ``(R, T)`` fp32"""
-    lengths: list[int]
-    """of the whole responses"""
-
-
 @torch.no_grad()
-def token_table(
+def token_records(
     batch: dict[str, Any],
     divergence: Tensor,
     advantages: Tensor,
     log_ratio: Tensor,
     mask: Tensor,
     verdict: Verdict,
-) -> TokenTable:
-    """Bring the responses with the most masked tokens to the host, in one copy.
+    decode: Callable[[list[list[int]]], list[str]],
+) -> list[dict[str, Any]]:
+    """Records for `run_files.append_tokens` of the responses with the most masked tokens, by one copy to the host.
 
     Args:
         batch: the loss's inputs, with ``prompt_ids``, ``prompt_mask`` and ``completion_ids``.
@@ -43,11 +33,13 @@ def token_table(
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the responses' tokens.
         verdict: the rule's.
+        decode: texts of lists of token ids, as a tokenizer's ``batch_decode``.
 
     Returns:
-        The columns ``id``, ``advantage``, ``fate``, ``divergence``, ``ratio`` and ``weight`` (of the surrogate); for a
-        rule with position weights also ``position_weight`` w_t, ``threshold`` c_t, ``spent`` S_t, ``weight_sum`` W_t
-        and, where there is a budget, ``delta_b``.
+        ``response`` (counted from 0), ``prompt`` and ``text`` (of each token), ``length`` of the whole response,
+        ``advantage``, ``fate`` (place in `FATES` of each token), and, exact to the last bit of fp32, ``divergence``,
+        ``ratio`` and ``weight`` (of the surrogate); for a rule with position weights also ``position_weight`` w_t,
+        ``threshold`` c_t, ``spent`` S_t, ``weight_sum`` W_t and, where there is a budget, ``delta_b``.
     """
     fate = _fate_codes(advantages, log_ratio, mask, verdict)
     columns = {"id": batch["completion_ids"], "advantage": advantages, "fate": fate, "divergence": divergence}
@@ -67,33 +59,15 @@ def token_table(
     parts = [last, prompts, *(column.expand_as(mask)[:, :width] for column in columns.values())]
     packed = torch.cat([part.float()[rows] for part in parts], -1).cpu()  # ids are exact in fp32 below 2^24
     lengths, prompts, values = packed.split([1, prompts.size(-1), width * len(columns)], -1)
-    by_name = dict(zip(columns, values.unflatten(-1, (len(columns), width)).unbind(1), strict=True))
-    return TokenTable(prompts.int(), by_name, lengths.int().flatten().tolist())
-
-
-def token_records(table: TokenTable, decode: Callable[[list[list[int]]], list[str]]) -> list[dict[str, Any]]:
-    """One record for each kept response that has tokens, for `run_files.append_tokens`.
-
-    Args:
-        table: as from `token_table`.
-        decode: texts of lists of token ids, as a tokenizer's ``batch_decode``.
-
-    Returns:
-        ``response`` (counted from 0), ``prompt`` and ``text`` (of each token), ``length`` of the whole response,
-        ``advantage``, ``fate`` (place in `FATES` of each token) and the other columns, exact to the last bit of fp32.
-    """
     records = []
-    for row, length in enumerate(table.lengths):
-        columns = {name: _shortest(values[row, :length]) for name, values in table.columns.items()}
+    for row, length in enumerate(lengths.int().flatten().tolist()):
         if not length:
             continue
-        ids, prompt = ([int(i) for i in x] for x in (columns.pop("id"), table.prompts[row]))
-        texts = decode([[i] for i in ids] + [[i for i in prompt if i >= 0]])
+        table = dict(zip(columns, map(_shortest, values[row].unflatten(-1, (-1, width))[:, :length]), strict=True))
+        texts = decode([[int(i)] for i in table.pop("id")] + [[int(i) for i in prompts[row] if i >= 0]])
         record = {"response": row, "prompt": texts.pop(), "text": texts, "length": length}
-        for name in ("advantage", "delta_b"):  # one value for the whole response
-            if name in columns:
-                record[name] = columns.pop(name)[0]
-        records.append(record | {"fate": [int(i) for i in columns.pop("fate")]} | columns)
+        record |= {name: table.pop(name)[0] for name in ("advantage", "delta_b") if name in table}  # of the response
+        records.append(record | {"fate": [int(i) for i in table.pop("fate")]} | table)
     return records
 
 

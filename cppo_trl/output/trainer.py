@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import Trainer
+
 from cppo_trl.config import in_columns
 from cppo_trl.metrics import position_profile
 from cppo_trl.output.callbacks import WriteRun, shorten_console
@@ -13,23 +15,14 @@ from cppo_trl.output.nonfinite import require_finite, stop_or_warn
 from cppo_trl.output.run_files import append_profile
 
 
-class GuardedOutput:
+class GuardedOutput(Trainer):
     """Mixed into a trainer before TRL's: logs an update; saves finite weights, whole checkpoints and a whole card."""
-
-    _metrics: Any
-    _name: str
-    _paper: dict[str, Any]
-    accelerator: Any
-    add_callback: Any
-    args: Any
-    callback_handler: Any
-    model: Any
-    state: Any
 
     def _set_up_output(self) -> None:
         """Name the rule that trains on the model card; write ``run.json``, resume exactly, and print a short log."""
         if not self.args.trust_region.startswith("cppo"):
-            self._name, self._paper = self.args.rule.source.split(",")[0], {}
+            self._name = self.args.rule.source.split(",")[0]
+            self._paper: dict[str, Any] = {}
         self.add_callback(WriteRun)
         self.add_callback(ExactResume)
         shorten_console(self.callback_handler.callbacks)
@@ -62,12 +55,12 @@ class GuardedOutput:
     def save_model(self, *args: Any, **kwargs: Any) -> None:
         """Save the weights, tokenizer and arguments, unless a weight is NaN or infinite."""
         require_finite(self.accelerator, self.model, self.state.global_step)
-        super().save_model(*args, **kwargs)  # type: ignore[misc]
+        super().save_model(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         checkpoint = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with saving(self.args.output_dir, checkpoint, self.accelerator.is_main_process):
-            super()._save_checkpoint(*args, **kwargs)  # type: ignore[misc]
+            super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
@@ -80,6 +73,6 @@ class GuardedOutput:
             tags: further tags.
         """
         name = model_name or Path(self.args.output_dir).absolute().name
-        super().create_model_card(name, dataset_name, tags)  # type: ignore[misc]
+        super().create_model_card(name, dataset_name, tags)
         if self.accelerator.is_main_process:
             complete_card(self)

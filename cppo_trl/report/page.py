@@ -72,15 +72,15 @@ def _outcome(run: Run, keys: Sequence[str]) -> dict[str, str]:
 def _facts(run: Run, group: str) -> dict[str, str]:
     steps = [*run.series("reward"), *(row["step"] for row in run.profiles)]
     return {
-        "trust region": run.schedule.get("trust region", ""),
+        "trust region": run.about.get("schedule", {}).get("trust region", ""),
         "group": group,
-        "model": run.model,
-        "dataset": run.dataset,
+        "model": run.about.get("model", ""),
+        "dataset": run.about.get("dataset", ""),
         "updates": str(max(steps, default=0)),
         "seed": str(run.config.get("seed", "")),
-        "begun": run.date,
-        "command": run.command,
-        "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
+        "begun": run.about.get("date", ""),
+        "command": run.about.get("command", ""),
+        "versions": ", ".join(f"{name} {version}" for name, version in run.about.get("versions", {}).items()),
     }
 
 

@@ -23,15 +23,8 @@ class Run:
     """What a run logged; any part may be empty."""
 
     name: str
-    model: str
-    dataset: str
-    date: str
-    """when training began"""
-    schedule: Mapping[str, str]
-    """the trust region, the loss and so on, in words"""
-    config: Mapping[str, Any]
-    command: str
-    versions: Mapping[str, str]
+    about: Mapping[str, Any]
+    """``run.json``"""
     history: Sequence[Mapping[str, Any]]
     """transformers' log history"""
     profiles: Sequence[Mapping[str, Any]]
@@ -40,6 +33,11 @@ class Run:
     """the responses logged token by token"""
     results: Mapping[str, Any]
     """``results.json`` of a quickstart: held-out accuracies ``before`` and ``after``"""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The configuration."""
+        return self.about.get("config", {})
 
     def series(self, key: str) -> dict[int, float]:
         """A logged scalar by update."""
@@ -78,15 +76,10 @@ def _read_run(directory: Path, name: str) -> Run:
     state = next((path for path in states if path.exists()), None)
     profiles = read_lines(directory / PROFILES)
     if state is None and not profiles:
-        raise ValueError(
-            f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run that has made an update."
-        )
+        raise ValueError(f"{directory} holds neither {_STATE} nor {PROFILES}: name the output_dir of a run.")
     history = _read_json(state)["log_history"] if state else []
-    about = _read_json(directory / RUN)
-    words = {field: about.get(field, "") for field in ("model", "dataset", "date", "command")}
-    tables = {field: about.get(field, {}) for field in ("schedule", "config", "versions")}
-    results, tokens = _read_json(directory / _RESULTS), read_lines(directory / TOKENS)
-    return Run(name, **words, **tables, history=history, profiles=profiles, tokens=tokens, results=results)
+    about, results = _read_json(directory / RUN), _read_json(directory / _RESULTS)
+    return Run(name, about, history, profiles, read_lines(directory / TOKENS), results)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,12 +109,9 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def _setting(run: Run) -> dict[str, Any]:
     """The configuration without seed and bookkeeping; a seed in the model's path is blanked."""
-    method = {k: v for k, v in sorted(run.config.items(), key=_trust_region_first) if not _BOOKKEEPING.match(k)}
-    return {**method, "model": re.sub(rf"(seed\D?){run.config.get('seed')}\b", r"\1*", run.model)}
-
-
-def _trust_region_first(item: tuple[str, Any]) -> tuple[bool, str]:
-    return item[0] != "trust_region", item[0]
+    names = sorted(run.config, key=lambda name: (name != "trust_region", name))
+    method = {name: run.config[name] for name in names if not _BOOKKEEPING.match(name)}
+    return {**method, "model": re.sub(rf"(seed\D?){run.config.get('seed')}\b", r"\1*", run.about.get("model", ""))}
 
 
 def _words(field: str, value: Any) -> str:

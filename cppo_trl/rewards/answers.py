@@ -15,8 +15,7 @@ _LINE_BODY = re.compile(r"[\s*_]*(?:\$\$(.*?)\$\$|\\\[(.*?)\\\]|([^\n]*))", re.D
 
 class _Box(NamedTuple):
     start: int  # of the command
-    inside: int
-    inside_end: int
+    text: str
     end: int
 
 
@@ -39,11 +38,11 @@ def extract_answer(completion: str, sources: Collection[str] = SOURCES) -> str |
     if line_end > max(last, open_at):
         answer = _answer_line(completion, line_end)
     elif last > open_at:
-        answer = completion[boxes[-1].inside : boxes[-1].inside_end]
+        answer = boxes[-1].text
         for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
             if not _BETWEEN_BOXES.fullmatch(completion, before.end, after.start):
                 break
-            answer = completion[before.inside : before.inside_end] + "; " + answer
+            answer = f"{before.text}; {answer}"
     else:
         return None
     return answer.strip() or None
@@ -67,7 +66,7 @@ def extract_gold(gold: Any) -> str | None:
         gold = gold.rpartition("####")[2].strip().partition("\n")[0]
     boxes, open_at = _boxes(gold)
     if boxes and open_at < 0 and not _ANSWER_LINE.search(gold):
-        return "; ".join(dict.fromkeys(gold[box.inside : box.inside_end].strip() for box in boxes))
+        return "; ".join(dict.fromkeys(box.text.strip() for box in boxes))
     return extract_answer(gold) or (None if r"\boxed" in gold else gold.strip() or None)
 
 
@@ -80,19 +79,12 @@ def _boxes(text: str) -> tuple[list[_Box], int]:
             open_groups.append((-1, 0))
         elif match[0] == "}":
             start, inside = open_groups.pop() if open_groups else (-1, 0)
-            if start >= 0 and not (boxes and boxes[-1].start > start) and not text[inside : match.start()].isspace():
-                boxes += [_Box(start, inside, match.start(), match.end())] * (inside < match.start())
+            if start >= 0 and not (boxes and boxes[-1].start > start) and text[inside : match.start()].strip():
+                boxes.append(_Box(start, text[inside : match.start()], match.end()))
         elif match[1] == "{":
             open_groups.append((match.start(), match.end()))
         elif match[1]:
-            boxes.append(
-                _Box(
-                    match.start(),
-                    match.start(1),
-                    match.end(1) - len(match[1]) + len(match[1].rstrip(".,;")),
-                    match.end(),
-                )
-            )
+            boxes.append(_Box(match.start(), match[1].rstrip(".,;"), match.end()))
     return boxes, max((start for start, _ in open_groups), default=-1)
 
 

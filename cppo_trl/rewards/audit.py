@@ -2,11 +2,14 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tqdm.auto import trange
+
 from cppo_trl.rewards.answers import extract_gold
+from cppo_trl.rewards.checker import Outcome
 from cppo_trl.rewards.math import AccuracyReward, compare_answers, completion_text
 from cppo_trl.rewards.reading import read
 
@@ -22,6 +25,7 @@ MEANINGS = {
     "duplicates": "the prompt stands in an earlier row",
     "conflicts": "the prompt stands in an earlier row, with another gold",
 }
+_PART = 1000  # golds between two steps of the progress bar
 _AMBIGUOUS = {
     "a point or an open interval": r"\(-?[\d.]+,\s*-?[\d.]+\)",
     "a number or a list": r"[1-9]\d\d,\d{3}",
@@ -52,20 +56,19 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit_golds(
-    golds: Sequence[Any], prompts: Sequence[Any] | None = None, progress: Callable[[int], object] | None = None
-) -> Audit:
+def audit_golds(golds: Sequence[Any], prompts: Sequence[Any] | None = None) -> Audit:
     """Check golds and, where given, prompts.
 
     Args:
         golds: As a dataset holds them.
         prompts: Strings or lists of messages, one for each gold.
-        progress: Called with the number of golds checked since the last call.
     """
     audit = Audit(rows=len(golds))
     found = audit.findings
     texts = [extract_gold(gold) for gold in golds]
-    own = AccuracyReward().grade([rf"\boxed{{{text}}}" for text in texts], golds, progress)
+    boxed, own = [rf"\boxed{{{text}}}" for text in texts], list[Outcome]()
+    for start in trange(0, len(golds), _PART, desc="Checking gold answers"):
+        own += AccuracyReward().grade(boxed[start : start + _PART], golds[start : start + _PART])
     changed = compare_answers(texts, [_changed(text or "") for text in texts])
     for row, (text, itself, other) in enumerate(zip(texts, own, changed, strict=True)):
         if text is None or "unparseable_gold" in (itself.why, other.why):
@@ -82,12 +85,12 @@ def audit_golds(
             reasons.append("several boxes, all of which count")
         found["ambiguous"] += [(row, f"{reason}: {text}") for reason in reasons]
     first: dict[str, int] = {}
+    again = []
     for row, prompt in enumerate(prompts or ()):
         key = " ".join(completion_text(prompt).split())
-        if key in first:
-            found["duplicates"].append((row, f"as row {first[key]}: {key!r}"))
-        first.setdefault(key, row)
-    again = [(row, int(text.split(":")[0].removeprefix("as row "))) for row, text in found["duplicates"]]
+        if (before := first.setdefault(key, row)) != row:
+            again.append((row, before))
+            found["duplicates"].append((row, f"as row {before}: {key!r}"))
     outcomes = compare_answers([texts[before] for _, before in again], [texts[row] for row, _ in again])
     for (row, before), outcome in zip(again, outcomes, strict=True):
         if outcome.why not in ("equal", "unparseable_gold"):
@@ -118,21 +121,12 @@ def load_columns(
         rows = load_dataset(kind, data_files=dataset, split="train")
     else:
         rows = load_dataset(dataset, config, split=split)
-    return (
-        _column(rows, gold_column, GOLD_COLUMNS, "gold") or [],
-        _column(rows, prompt_column, PROMPT_COLUMNS, "prompt", needed=prompt_column is not None),
-    )
-
-
-def _column(rows: Any, name: str | None, guesses: Sequence[str], what: str, needed: bool = True) -> list[Any] | None:
-    for path in (name,) if name else guesses:
-        head, *keys = path.split(".")
-        if head in rows.column_names:
-            values = list(rows[head])
-            for key in keys:
-                values = [value.get(key) if isinstance(value, Mapping) else None for value in values]
-            return values
-    if needed:
-        wanted = name or " or ".join(guesses)
-        raise ValueError(f"no column {wanted} among {', '.join(rows.column_names)}; set --{what}-column")
-    return None
+    rows = rows.flatten()  # a nested column is then named with dots
+    columns = []
+    for name, guesses, what in ((gold_column, GOLD_COLUMNS, "gold"), (prompt_column, PROMPT_COLUMNS, "prompt")):
+        found = [column for column in ([name] if name else guesses) if column in rows.column_names]
+        if not found and (name or what == "gold"):
+            wanted = name or " or ".join(guesses)
+            raise ValueError(f"no column {wanted} among {', '.join(rows.column_names)}; set --{what}-column")
+        columns.append(list(rows[found[0]]) if found else None)
+    return columns[0] or [], columns[1]

@@ -14,8 +14,9 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 CHUNK_ITEMS = 64
@@ -87,32 +88,26 @@ class _Worker:
 class _Batch:
     """The state of one call: what waits, what is answered, and what is known to be stuck."""
 
-    def __init__(self, pairs: Sequence[Pair], time_limit: float, progress: Callable[[int], object] | None):
-        self.counts = Counter(pairs)
-        self.waiting = deque(self.counts)
+    def __init__(self, pairs: Sequence[Pair], time_limit: float):
+        self.waiting = deque(dict.fromkeys(pairs))
+        self.count = len(self.waiting)
         self.outcomes: dict[Pair, Outcome] = {}
         self.deaths: Counter[Pair] = Counter()
         self.starts = 0
         self.timeouts = 0
         self.stuck: Counter[str] = Counter()  # time-outs by text
         self._time_limit = time_limit
-        self._progress = progress
 
     @property
     def seconds(self) -> float:
         """The time limit, a quarter of it after each answer that was stuck: a batch of them should not add up."""
         return max(self._time_limit / 4**self.timeouts, min(self._time_limit, SHORTEST_LIMIT_S))
 
-    def settle(self, pair: Pair, outcome: Outcome) -> None:
-        self.outcomes[pair] = outcome
-        if self._progress:
-            self._progress(self.counts[pair])
-
     def time_out(self, pair: Pair) -> None:
         """Settle a pair that is stuck; a gold or an answer is given up at the second."""
         self.timeouts += 1
         self.stuck.update(pair)
-        self.settle(pair, Outcome("timeout"))
+        self.outcomes[pair] = Outcome("timeout")
 
     def take(self, share: int) -> list[Pair]:
         """Return the next pairs for a worker; settle those that are given up."""
@@ -120,14 +115,14 @@ class _Batch:
         while self.waiting and len(chunk) < min(CHUNK_ITEMS, share):
             pair = self.waiting.popleft()
             if max(self.stuck[text] for text in pair) > 1:
-                self.settle(pair, Outcome("timeout"))
+                self.outcomes[pair] = Outcome("timeout")
             else:
                 chunk.append(pair)
         return chunk
 
 
-class Checker:
-    """Compares answers in worker processes; safe to use from any thread, and from forked children.
+class Checker(AbstractContextManager):
+    """Compares answers in worker processes; safe to use from any thread. A forked child needs one of its own.
 
     Args:
         workers: Number of processes. Default: the cores this process may use divided by ``LOCAL_WORLD_SIZE`` (the
@@ -146,6 +141,7 @@ class Checker:
         if memory_mb < 512:
             raise ValueError(f"memory_mb must be at least 512, got {memory_mb}")
         self.workers = workers
+        self.owner = os.getpid()
         self._memory_bytes = memory_mb << 20
         self._children: list[_Worker] = []
         self._lock = threading.Lock()
@@ -153,34 +149,22 @@ class Checker:
         self._closings = 0
         _checkers.add(self)
 
-    def forget(self) -> None:
-        """In a forked child: the processes and the lock are the parent's; keep only the settings."""
-        for child in self._children:
-            child.socket.close()
-            child.process.returncode = 0  # not ours to wait for
-        self._children = []
-        self._lock = threading.Lock()
-        self._starter = ThreadPoolExecutor(1)
-
-    def check(
-        self, pairs: Sequence[Pair], time_limit: float = 5.0, progress: Callable[[int], object] | None = None
-    ) -> list[Outcome]:
+    def check(self, pairs: Sequence[Pair], time_limit: float = 5.0) -> list[Outcome]:
         """Compare each (gold, answer); the outcomes come in the order of the pairs.
 
         Args:
             pairs: Gold and answer, as from ``extract_gold`` and ``extract_answer``. Equal pairs are compared once.
             time_limit: Seconds one comparison may take; a quarter of that after each that took longer.
-            progress: Called with the number of pairs answered since the last call.
 
         Raises:
             RuntimeError: If no worker can be started.
             CancelledError: If the checker is closed meanwhile.
         """
-        batch = _Batch(pairs, time_limit, progress)
+        batch = _Batch(pairs, time_limit)
         with self._lock:
             closings = self._closings
             try:
-                while len(batch.outcomes) < len(batch.counts):
+                while len(batch.outcomes) < batch.count:
                     if self._closings != closings:
                         raise CancelledError
                     self._hand_out(batch)
@@ -199,9 +183,6 @@ class Checker:
         with self._lock:
             for child in list(self._children):
                 self._end(child)
-
-    def __enter__(self) -> "Checker":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -230,7 +211,7 @@ class Checker:
                 if child.socket in ready:
                     for message in child.receive():
                         if child.started:
-                            batch.settle(child.pairs.popleft(), Outcome(*message))
+                            batch.outcomes[child.pairs.popleft()] = Outcome(*message)
                         child.started = True
                         child.deadline = time.monotonic() + batch.seconds
                 elif child.deadline < time.monotonic():
@@ -245,13 +226,12 @@ class Checker:
         self._end(child)
         if not child.started and (overdue or child.process.returncode > 0 or batch.starts > START_ATTEMPTS):
             raise RuntimeError(
-                "a reward worker does not start; what it said is on standard error. "
-                f"Does `{sys.executable} -c 'import mpmath'` work?"
+                f"a reward worker does not start; see standard error. Does `{sys.executable} -c 'import mpmath'` work?"
             )
         if child.pairs and not overdue:
             batch.deaths[child.pairs[0]] += 1
             if batch.deaths[child.pairs[0]] == MAX_DEATHS:
-                batch.settle(child.pairs.popleft(), Outcome("crash"))
+                batch.outcomes[child.pairs.popleft()] = Outcome("crash")
         batch.waiting.extendleft(reversed(child.pairs))
 
     def _end(self, child: _Worker) -> None:
@@ -260,31 +240,19 @@ class Checker:
 
 
 _checkers: "weakref.WeakSet[Checker]" = weakref.WeakSet()
-_shared: Checker | None = None
-_shared_lock = threading.Lock()
+_shared: dict[int, Checker] = {}  # by process
 
 
 def shared_checker() -> Checker:
     """Return the one pool of this process, made on first use; ``CPPO_REWARD_WORKERS`` sets its size."""
-    global _shared  # noqa: PLW0603
-    with _shared_lock:
-        if _shared is None:
-            workers = os.environ.get("CPPO_REWARD_WORKERS")
-            _shared = Checker(int(workers) if workers else None)
-        return _shared
+    if os.getpid() not in _shared:
+        workers = os.environ.get("CPPO_REWARD_WORKERS")
+        _shared.setdefault(os.getpid(), Checker(int(workers) if workers else None))  # of several threads, one makes it
+    return _shared[os.getpid()]
 
 
+@atexit.register
 def _close_all() -> None:
     for checker in list(_checkers):
-        checker.close()
-
-
-def _forget_all() -> None:
-    global _shared_lock  # noqa: PLW0603
-    _shared_lock = threading.Lock()
-    for checker in list(_checkers):
-        checker.forget()
-
-
-atexit.register(_close_all)
-os.register_at_fork(after_in_child=_forget_all)
+        if checker.owner == os.getpid():  # a forked child inherits its parent's
+            checker.close()

@@ -4,8 +4,6 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from cppo_trl.rewards.audit import GOLD_COLUMNS, MEANINGS, PROMPT_COLUMNS, audit_golds, load_columns
 
 
@@ -32,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    with tqdm(total=len(golds), unit="gold") as bar:
-        result = audit_golds(golds, prompts, bar.update)
+    result = audit_golds(golds, prompts)
     print(result.report(args.examples))
     return int(any(result.findings[name] for name in args.fail_on))

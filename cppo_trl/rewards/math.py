@@ -37,10 +37,7 @@ def completion_text(completion: Completion) -> str:
 
 
 def compare_answers(
-    golds: Sequence[str | None],
-    answers: Sequence[str | None],
-    time_limit: float = 5.0,
-    progress: Callable[[int], object] | None = None,
+    golds: Sequence[str | None], answers: Sequence[str | None], time_limit: float = 5.0
 ) -> list[Outcome]:
     """Compare extracted answers, each with its gold, in the shared pool where it needs mathematics.
 
@@ -48,18 +45,15 @@ def compare_answers(
         golds: As from ``extract_gold``, or as from ``extract_answer`` to compare two answers.
         answers: As from ``extract_answer``, one for each gold.
         time_limit: Seconds one comparison may take.
-        progress: Called with the number of answers done since the last call.
 
     Raises:
         RuntimeError: If no worker process can be started.
     """
     outcomes = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
     places = [place for place, outcome in enumerate(outcomes) if outcome is None]
-    if progress:
-        progress(len(outcomes) - len(places))
     if places:
         pairs = [(golds[place] or "", answers[place] or "") for place in places]
-        for place, outcome in zip(places, shared_checker().check(pairs, time_limit, progress), strict=True):
+        for place, outcome in zip(places, shared_checker().check(pairs, time_limit), strict=True):
             outcomes[place] = outcome
     return [outcome for outcome in outcomes if outcome]
 
@@ -133,29 +127,21 @@ class AccuracyReward:
                 log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
         return [self.reward(outcome) for outcome in outcomes]
 
-    def grade(
-        self,
-        completions: Sequence[Completion],
-        solution: Sequence[Any],
-        progress: Callable[[int], object] | None = None,
-    ) -> list[Outcome]:
+    def grade(self, completions: Sequence[Completion], solution: Sequence[Any]) -> list[Outcome]:
         """Compare each completion with its gold, for use without a trainer.
 
         Args:
             completions: Strings or lists of messages.
             solution: The golds, one for each completion.
-            progress: Called with the number of completions done since the last call.
 
         Raises:
             ValueError: If there are not as many golds as completions.
             RuntimeError: If no worker process can be started.
         """
         if len(completions) != len(solution):
-            raise ValueError(
-                f"solution has {len(solution)} golds for {len(completions)} completions; give one for each"
-            )
+            raise ValueError(f"solution has {len(solution)} golds for {len(completions)} completions; give one each")
         answers = [extract_answer(completion_text(completion), self.sources) for completion in completions]
-        return compare_answers([extract_gold(gold) for gold in solution], answers, self.time_limit, progress)
+        return compare_answers([extract_gold(gold) for gold in solution], answers, self.time_limit)
 
     def reward(self, outcome: Outcome) -> float | None:
         """Return the reward for an outcome; None if the gold could not be read."""

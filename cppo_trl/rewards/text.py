@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 from cppo_trl.rewards.expressions import FUNCTIONS
-from cppo_trl.rewards.units import SCALES, is_unit_letter
+from cppo_trl.rewards.units import SCALES, UNIT_LETTERS
 
 NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 _SYMBOLS = str.maketrans(
@@ -59,7 +59,7 @@ def _styled(match: re.Match[str]) -> str:
         return rf"\{words} "
     before = match.string[: match.start()].rstrip(" ~\\,")[-1:]
     if len(words) < 2 or re.match(r"[-+.\d(]", words) or re.search(r"[\\+=^_<>]", words):
-        return f' "{words}" ' if is_unit_letter(words) and re.match(r'[\d})"/]', before) else words
+        return f' "{words}" ' if words in UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
     return f' "{words}" '
 
 

@@ -15,35 +15,25 @@ _NAMES = {
     ).split("|")
     for alias in names.split()
 }
-_PREFIXES = {
-    **dict.fromkeys("m g s L l Hz W V A J N Pa eV B mol cal Ω".split(), "n μ m c d k M G T".split()),
-    **dict.fromkeys(
-        "meter metre gram liter litre hertz watt volt joule newton pascal byte ampere calorie".split(),
-        "nano micro milli centi deci kilo mega giga tera".split(),
+for _bases, _prefixes in (
+    ("m g s L l Hz W V A J N Pa eV B mol cal Ω", "n μ m c d k M G T"),
+    (
+        "meter metre gram liter litre hertz watt volt joule newton pascal byte ampere calorie",
+        "nano micro milli centi deci kilo mega giga tera",
     ),
-}
-_SHORT = dict(zip(_PREFIXES["meter"], _PREFIXES["m"], strict=True))
+):
+    for _base in _bases.split():
+        for _prefix, _short in zip(_prefixes.split(), "nμmcdkMGT", strict=True):
+            _NAMES.setdefault(_prefix + _base, _short + _NAMES[_base])
 _POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 _IDLE = set("a an the of in per each total more left".split())
-_LETTERS = set("mgshLlNJWVAK")  # a unit only in a style or behind a space: 5 m
-
-
-def is_unit_letter(letter: str) -> bool:
-    """Tell whether a single letter can be a unit."""
-    return letter in _LETTERS
+UNIT_LETTERS = set("mgshLlNJWVAK")  # a unit only in a style or behind a space: 5 m
 
 
 def known_unit(word: str) -> str | None:
     """Return one spelling for the name of a unit, or None."""
-    for name in (word, word.lower()):
-        for singular in (name, name.removesuffix("s")):
-            if singular in _NAMES:
-                return _NAMES[singular]
-            for base, prefixes in _PREFIXES.items():
-                prefix = singular.removesuffix(base)
-                if prefix != singular and prefix in prefixes:
-                    return _SHORT.get(prefix, prefix) + _NAMES[base]
-    return None
+    spellings = (word, word.removesuffix("s"), word.lower(), word.lower().removesuffix("s"))
+    return next((_NAMES[spelling] for spelling in spellings if spelling in _NAMES), None)
 
 
 def unit_of(phrase: str) -> Unit:

@@ -47,8 +47,8 @@ def check_hooks(trainer: type, hooks: Mapping[str, list[str]]) -> None:
         found = list(inspect.signature(method).parameters)[: len(expected)] if method else None
         if found != expected:
             raise RuntimeError(
-                f"{trainer.__name__}.{name} of the installed TRL takes {found}, expected {expected}: its loss has "
-                "changed under cppo_trl. Install trl>=1.16,<1.17."
+                f"{trainer.__name__}.{name} of the installed TRL takes {found}, expected {expected}. "
+                "Install trl>=1.16,<1.17."
             )
 
 
@@ -67,8 +67,8 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
     for name in ("tools", "rollout_func", "environment_factory"):
         if config.uses_topk and not config.topk_of_policy and arguments.get(name):
             raise ValueError(
-                f"{name} with cppo_divergence={config.cppo_divergence!r}: an engine gives no Top-K of rollouts of "
-                "several turns, or of one's own. Set cppo_topk_source to policy, or cppo_divergence to binary_tv."
+                f"{name} with cppo_divergence={config.cppo_divergence!r}: an engine gives no Top-K of such rollouts. "
+                "Set cppo_topk_source to policy, or cppo_divergence to binary_tv."
             )
     if config.uses_topk and getattr(arguments.get("rollout_func"), "lag", False):
         raise ValueError(
@@ -82,7 +82,7 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
         if of_the_model.get_text_config().tie_word_embeddings:
             raise ValueError(
                 "cast_lm_head_to_fp32=True with a peft_config: TRL 1.16 fails on it where the LM head is the "
-                "embedding, as in this model. Set cast_lm_head_to_fp32 to false."
+                "embedding. Set cast_lm_head_to_fp32 to false."
             )
 
 
@@ -108,8 +108,8 @@ def require_rows(dataset: Any, config: Any) -> None:
     prompts = config.generation_batch_size // config.num_generations
     if hasattr(dataset, "__len__") and len(dataset) < prompts:
         raise ValueError(
-            f"The training data has {len(dataset)} rows and a rollout takes {prompts} prompts, so no update would be "
-            f"made: add data, or lower generation_batch_size={config.generation_batch_size} (responses)."
+            f"The training data has {len(dataset)} rows and a rollout takes {prompts} prompts: add data, or lower "
+            f"generation_batch_size={config.generation_batch_size} (responses)."
         )
 
 
@@ -154,9 +154,7 @@ def require_columns(dataset: Any, reward_funcs: Any) -> None:
             isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt
         )
         if not (isinstance(prompt, str) or messages):
-            raise ValueError(
-                f"The column 'prompt' must hold a text, or messages with role and content; got {prompt!r:.80}."
-            )
+            raise ValueError(f"The column 'prompt' must hold a text, or messages; got {prompt!r:.80}.")
     for reward in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
         if isinstance(reward, str | torch.nn.Module) or reward is None:
             continue
@@ -169,7 +167,7 @@ def require_columns(dataset: Any, reward_funcs: Any) -> None:
         if columns and (lacking := sorted(reads - columns - _GIVEN)):
             raise ValueError(
                 f"reward_funcs: {_name(reward)} reads the column {', '.join(map(repr, lacking))}; the dataset has "
-                f"{sorted(columns)}. Rename a column to it, or name another reward."
+                f"{sorted(columns)}. Rename one, or name another reward."
             )
 
 
@@ -211,15 +209,10 @@ def check_model(config: CPPOConfig, model: PreTrainedModel) -> None:
     """
     text_config = model.config.get_text_config()
     if config.disable_dropout and getattr(text_config, "attention_dropout", None):
-        warnings.warn(
-            f"attention_dropout={text_config.attention_dropout} in the model's config stays on and counts as "
-            'divergence from the rollout policy. Set model_init_kwargs={"attention_dropout": 0.0}.',
-            stacklevel=3,
-        )
+        dropout = f"attention_dropout={text_config.attention_dropout} stays on and counts as divergence."
+        warnings.warn(f'{dropout} Set model_init_kwargs={{"attention_dropout": 0.0}}.', stacklevel=3)
     if config.uses_topk and config.cppo_topk > text_config.vocab_size:
-        raise ValueError(
-            f"cppo_topk={config.cppo_topk} exceeds the model's vocabulary of {text_config.vocab_size}: lower it."
-        )
+        raise ValueError(f"cppo_topk={config.cppo_topk} exceeds the model's vocabulary of {text_config.vocab_size}.")
 
 
 def keep_fp32_outputs(accelerator: Accelerator) -> None:
@@ -261,14 +254,12 @@ def check_server(info: dict[str, Any], topk: int) -> None:
     mode = info["model_config"]["logprobs_mode"]
     if mode != "processed_logprobs":
         raise ValueError(
-            f"The vLLM server runs with --logprobs-mode {mode}: its log-probs are not those of the distribution "
-            "that it samples from. Restart it with --logprobs-mode processed_logprobs."
+            f"The vLLM server runs with --logprobs-mode {mode}: restart it with --logprobs-mode processed_logprobs."
         )
     most = info["model_config"]["max_logprobs"]
     if most != -1 and most < topk:
         raise ValueError(
-            f"The vLLM server returns at most {most} log-probs a token and cppo_topk={topk}. Restart it with "
-            f"--max-logprobs {topk}, or lower cppo_topk."
+            f"The vLLM server returns {most} log-probs: restart it with --max-logprobs {topk}, or lower cppo_topk."
         )
 
 
@@ -302,9 +293,8 @@ class EngineCheck:
         if nats > MAX_MISMATCH_NATS:
             raise RuntimeError(
                 f"After {step} updates, right after a weight sync, vLLM's log-probs differ from the trainer's by "
-                f"{nats:.2g} nats a token on average; rounding stays below {MAX_MISMATCH_NATS:g}. vLLM does not "
-                "sample from the trained weights: the sync leaves some stale (often an LM head that is the embedding, "
-                "or a model that this vLLM cannot load anew), or the server holds another model. Restart the server "
+                f"{nats:.2g} nats a token on average; rounding stays below {MAX_MISMATCH_NATS:g}. The sync leaves "
+                "some stale (often a head that is the embedding), or the server holds another model. Restart it "
                 "with the trained model, or install a vLLM whose load_weights fits it (docs/vllm.md, stale weights)."
             )
         if self._warns and divergence > NOTICEABLE_SHARE * self._limit:
@@ -312,8 +302,7 @@ class EngineCheck:
             warnings.warn(
                 f"cppo/rollout_mismatch is {divergence:.2g} after {step} updates: rounding that differs between vLLM "
                 f"and the trainer spends {divergence / self._limit:.0%} of cppo_{self._budget}={self._limit:g} before "
-                "any update. Take Top-K with cppo_topk_source=policy (removes all of it), run both in float32 (nearly "
-                f"all; a server's --dtype), or raise cppo_{self._budget}. If it grows from rollout to rollout, vLLM's "
-                "weights are stale. Shown once per run.",
+                "any update. Take Top-K with cppo_topk_source=policy, run both in float32 (a server's --dtype), or "
+                f"raise cppo_{self._budget}. If it grows from rollout to rollout, vLLM's weights are stale.",
                 stacklevel=2,
             )

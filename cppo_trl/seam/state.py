@@ -128,8 +128,7 @@ class Loss:
         logps = result[0].detach()
         if logps.dtype != torch.float32:
             raise RuntimeError(
-                f"The log-probs of the policy are {logps.dtype}, not fp32: rounding would count as divergence. Leave "
-                "mixed_precision_policy out of the Accelerate file, so that FSDP hands fp32 outputs back."
+                f"The log-probs of the policy are {logps.dtype}, not fp32: leave out mixed_precision_policy."
             )
         anchor = self.batch["old_per_token_logps"] = anchor_logps(logps, rollout_logps)
         self.log_ratio = logps - anchor
@@ -171,8 +170,7 @@ class Loss:
         """
         if self.verdict is None:
             raise RuntimeError(
-                "The trust region was applied 0 times in one loss, expected once: this TRL, or a patch of it, computes"
-                " the loss differently. Install trl>=1.16,<1.17 unpatched."
+                "The trust region was applied 0 times in one loss, expected once. Install trl>=1.16,<1.17 unpatched."
             )
         return self.divergence, self.advantages, self.log_ratio, self.mask, self.verdict
 

@@ -64,8 +64,8 @@ class HeadTap:
         host._ChunkedLogProbFunction = self._kernel
         if kind is None and self._next_row != len(self._valid):
             raise RuntimeError(
-                f"Top-K log-probs were read for {self._next_row} of {len(self._valid)} responses: the model's forward "
-                "does not go through TRL's fused LM head. Use cppo_divergence='binary_tv', or an unpatched trl 1.16."
+                f"Top-K log-probs were read for {self._next_row} of {len(self._valid)} responses: the model does not "
+                "use TRL's fused LM head. Use cppo_divergence='binary_tv', or an unpatched trl 1.16."
             )
 
     def apply(self, hidden: Tensor, *args: Any) -> Any:
@@ -159,8 +159,8 @@ def check_kernel() -> None:
         if len(saved) > _LOG_Z and torch.allclose(saved[_LOG_Z], (weight.t() / 0.5).logsumexp(-1)):
             return
     raise RuntimeError(
-        f"The fused LM head of the installed TRL takes {found}, expected {_KERNEL} with log Z among its saved "
-        "tensors. Use cppo_divergence='binary_tv', or install trl>=1.16,<1.17."
+        f"The fused LM head of the installed TRL takes {found}, expected {_KERNEL} and log Z among what it saves. "
+        "Use cppo_divergence='binary_tv', or install trl>=1.16,<1.17."
     )
 
 

@@ -127,18 +127,3 @@ def test_the_card_carries_the_license_of_the_base_model_where_it_is_known(make_t
     (tmp_path / "base/README.md").write_text("---\nlicense: gemma\n---\n# A model\n")
     assert license_with(tmp_path / "base") == "gemma"
     assert license_with("org/base") is None  # no network here
-
-
-def test_a_card_that_trl_words_otherwise_is_noticed(make_trainer, monkeypatch):
-    from trl.trainer import base_trainer
-
-    made = base_trainer.generate_model_card
-
-    def reworded(**fields):
-        card = made(**fields)
-        card.text = card.text.replace("### Framework versions", "### Versions")
-        return card
-
-    monkeypatch.setattr(base_trainer, "generate_model_card", reworded)
-    with pytest.warns(UserWarning, match="no longer says '### Framework versions'"):
-        make_trainer().create_model_card()

@@ -10,7 +10,7 @@ from transformers.integrations import integration_utils
 import cppo_trl.trainer as seam
 from cppo_trl.output import tokens
 from cppo_trl.output.run_files import FATES, append_profile, append_tokens, read_lines
-from cppo_trl.output.tokens import token_records, token_table
+from cppo_trl.output.tokens import token_records
 from cppo_trl.rules import RULES
 from tests.conftest import LIMITS, parameters_of, random_rows, tiny_data
 from tests.reference import algorithm_1
@@ -28,8 +28,7 @@ def batch_of(mask):
 
 def records_of(rule, rows, **parameters):
     parameters = {**parameters_of(rule), **parameters}
-    table = token_table(batch_of(rows[3]), *rows, RULES[rule].judge(*rows, **parameters))
-    return token_records(table, decode)
+    return token_records(batch_of(rows[3]), *rows, RULES[rule].judge(*rows, **parameters), decode)
 
 
 def test_a_record_equals_algorithm_1():
@@ -103,8 +102,8 @@ def test_records_are_bounded(monkeypatch):
 
 def test_training_logs_the_very_numbers_of_its_loss(make_trainer, tmp_path, monkeypatch):
     seen, forwards = [], []
-    original = seam.token_table
-    monkeypatch.setattr(seam, "token_table", lambda *args: seen.append(args) or original(*args))
+    original = seam.token_records
+    monkeypatch.setattr(seam, "token_records", lambda *args: seen.append(args) or original(*args))
     fields = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "cppo_delta": 0.01}
     trainer = make_trainer(max_steps=4, log_tokens_steps=2, learning_rate=3e-3, **fields)
     trainer.model.register_forward_hook(lambda *args: forwards.append(1))
@@ -112,7 +111,7 @@ def test_training_logs_the_very_numbers_of_its_loss(make_trainer, tmp_path, monk
     records = read_lines(tmp_path / "trust_region_tokens.jsonl")
     assert {record["step"] for record in records} == {2, 4}
     assert len(seen) == 2
-    batch, divergence, advantages, log_ratio, mask, verdict = seen[1]
+    batch, divergence, advantages, log_ratio, mask, verdict, _ = seen[1]
     record = next(record for record in records if record["step"] == 4)
     text = trainer.processing_class.batch_decode(batch["completion_ids"])
     row = next(i for i in range(len(mask)) if text[i].startswith("".join(record["text"])))

@@ -199,7 +199,7 @@ def test_the_outcome_comes_first(tmp_path):
         json.dumps({"before": accuracy, "after": {**accuracy, "greedy": 0.875}})
     )
     (run,) = read_runs([tmp_path / "a"])
-    assert (run.dataset, run.model) == ("sums", "task/seed-0/warm_start")
+    assert (run.about["dataset"], run.about["model"]) == ("sums", "task/seed-0/warm_start")
     main([str(tmp_path / "a")])
     text = (tmp_path / "a" / "report.html").read_text()
     rows = dict(re.findall("<tr><th>(.*?)</th><td>(.*?)</td></tr>", text))
@@ -209,8 +209,8 @@ def test_the_outcome_comes_first(tmp_path):
         ("training reward, first and last tenth", "0.200 → 0.800"),
         ("tokens masked", "10.00%"),
     ]
-    assert (rows["dataset"], rows["begun"]) == ("sums", run.date)
-    assert run.date[:4].isdigit()
+    assert (rows["dataset"], rows["begun"]) == ("sums", run.about["date"])
+    assert run.about["date"][:4].isdigit()
 
 
 def test_the_curves_of_the_model_card_hold_what_was_logged(tmp_path):
