@@ -239,7 +239,7 @@ class BothEstimators(CPPOTrainer):
 def compare_estimators(
     script: CPPOScriptArguments, config: CPPOConfig, model: ModelConfig, rollouts: int
 ) -> dict[str, float]:
-    """Masks of Top-K and of Binary on the same tokens: the run goes on from its middle for so many rollouts.
+    """Masks of Top-K and of Binary on the same tokens: the run goes on from its first checkpoint for so many rollouts.
 
     Returns:
         Sums over tokens with an advantage in updates with moved weights, as `BothEstimators` counts them, and the
@@ -249,9 +249,8 @@ def compare_estimators(
     file = directory / "counts.json"
     if not file.exists():
         checkpoints = sorted(Path(config.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
-        middle = checkpoints[(len(checkpoints) - 1) // 2]
         config = copy.copy(config)
-        start = int(middle.name[11:])
+        start = int(checkpoints[0].name[11:])
         config.output_dir, config.save_strategy = str(directory), "no"
         config.max_steps = start + rollouts * round(config.updates_per_rollout)
         trainer = BothEstimators(
@@ -261,7 +260,7 @@ def compare_estimators(
             train_dataset=datasets.load_dataset(script.dataset_name, split="train"),
             peft_config=get_peft_config(model),
         )
-        trainer.train(resume_from_checkpoint=str(middle))
+        trainer.train(resume_from_checkpoint=str(checkpoints[0]))
         file.write_text(json.dumps({**(trainer.counts or {}), "first_update": start + 1}, indent=1))
     return json.loads(file.read_text(encoding="utf-8"))
 
