@@ -27,6 +27,7 @@ CONTRASTS = (
     ("reversed", "dppo"),
     ("weight", "reversed"),
     ("amplified", "reversed 0.2"),
+    *((rule, "dppo") for rule in ("soft gate", "vaco", "drpo", "ipo", "trm_max", "trm_avg", "minpro", "cispo")),
 )
 """Which rules are held against each other; minuend first."""
 LABELS = {
@@ -40,6 +41,14 @@ LABELS = {
     "reversed": "weight, reversed",
     "reversed 0.2": "weight, reversed, w_min 0.2",
     "none": "no trust region",
+    "soft gate": "CPPO's soft gate",
+    "vaco": "VACO",
+    "drpo": "DRPO",
+    "ipo": "IPO's mask",
+    "trm_max": "TRM-Max",
+    "trm_avg": "TRM-Avg",
+    "minpro": "MinPRO",
+    "cispo": "CISPO",
 }
 
 Rows = Sequence[Mapping[str, Any]]
@@ -164,9 +173,10 @@ def tables(rows: Rows, own: str | None = None) -> str:
         ]
         for rule, other in pairs:
             at_kl, at_surrogate = contrast(found, rule, other), contrast(found, rule, other, "surrogate")
-            if at_kl is not None:
+            if at_kl or at_surrogate:
                 label = f"{LABELS.get(rule, rule)} − {LABELS.get(other, other)}"
-                lines.append(f"| {label} | {at_kl} | {at_kl.verdict} | {at_surrogate} | {at_kl.units} |")
+                verdict, units = (at_kl.verdict, at_kl.units) if at_kl else ("no overlap", 0)
+                lines.append(f"| {label} | {at_kl or '–'} | {verdict} | {at_surrogate or '–'} | {units} |")
         lines += ["", "| arm | gain in J | KL, nats | sequence TV | masked | greedy |", "|---|---|---|---|---|---|"]
         for arm in found[0]["arms"]:
             gain, kl, tv, _, _, masked, greedy = np.mean([row["arms"][arm] for row in found], 0)
@@ -184,7 +194,8 @@ def draw(rows: Rows, path: Path) -> None:
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, (setting, units) in zip(panels, found.items(), strict=False):
         rules = dict.fromkeys(ladder_of(arm) for arm in units[0]["arms"])
-        shown = [rule for rule in rules if rule in ("cppo", "dppo", "grpo", "budget", "none") or rule not in LABELS]
+        first = ("cppo", "dppo", "grpo", "none")
+        shown = [rule for rule in rules if rule in first or rule not in LABELS or "cppo" not in rules]
         for rule in shown:
             arms = [arm for arm in units[0]["arms"] if ladder_of(arm) == rule]
             x, y, half = [], [], []
