@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from scipy import stats
 
@@ -187,36 +188,42 @@ def tables(rows: Rows, own: str | None = None) -> str:
 
 def draw(rows: Rows, path: Path) -> None:
     """Gain in J against drift: a panel for each setting, a line for each rule's ladder, 95 % bands by trajectory."""
-    found = settings(rows)
-    columns = min(len(found), 4)
-    lines = math.ceil(len(found) / columns)
+    enough = {name: units for name, units in settings(rows).items() if len({row["trajectory"] for row in units}) > 2}
+    columns = min(len(enough), 4)
+    lines = math.ceil(len(enough) / columns)
     figure = Figure(figsize=(3.0 * columns + 1.0, 2.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, (setting, units) in zip(panels, found.items(), strict=False):
+    colors = dict(zip(LABELS, map(colormaps["tab20"], (*range(0, 20, 2), *range(1, 20, 2))), strict=False))
+    for axes, (setting, units) in zip(panels, enough.items(), strict=False):
         rules = dict.fromkeys(ladder_of(arm) for arm in units[0]["arms"])
         first = ("cppo", "dppo", "grpo", "none")
-        shown = [rule for rule in rules if rule in first or rule not in LABELS or "cppo" not in rules]
-        for rule in shown:
-            arms = [arm for arm in units[0]["arms"] if ladder_of(arm) == rule]
-            x, y, half = [], [], []
-            for arm in arms:
-                by_trajectory: dict[int, list[float]] = defaultdict(list)
-                for row in units:
-                    by_trajectory[row["trajectory"]].append(row["arms"][arm][0])
-                gain = interval(by_trajectory)
-                if gain is not None:
-                    x.append(float(np.mean([math.sqrt(max(row["arms"][arm][1], 0.0)) for row in units])))
-                    y.append(gain.mean)
-                    half.append(gain.half)
-            order = np.argsort(x)
-            xs, ys, halves = np.array(x)[order], np.array(y)[order], np.array(half)[order]
-            (line,) = axes.plot(xs, ys, marker="o", markersize=3, label=LABELS.get(rule, rule))
-            axes.fill_between(xs, ys - halves, ys + halves, color=line.get_color(), alpha=0.15, linewidth=0)
+        for rule in rules:
+            if rule in first or rule not in LABELS or "cppo" not in rules:
+                x, y, half = averages(units, rule)
+                (line,) = axes.plot(
+                    x, y, marker="o", markersize=3, label=LABELS.get(rule, rule), color=colors.get(rule)
+                )
+                axes.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.15, linewidth=0)
         axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set_title(setting, fontsize=9)
+        axes.set_title(f"{setting} ({len(units)} units)", fontsize=9)
         axes.set(xlabel="drift, √KL(μ‖π)", ylabel="gain in J")
         axes.grid(alpha=0.3)
-    for axes in panels[len(found) :]:
+        if axes is panels[0] or "cppo" not in rules:
+            axes.legend(fontsize=6)
+    for axes in panels[len(enough) :]:
         axes.remove()
-    panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=100)
+
+
+def averages(rows: Rows, rule: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Over the units, for each step of a ladder: √KL, gain, and half of the gain's interval, by drift."""
+    points = []
+    for arm in (arm for arm in rows[0]["arms"] if ladder_of(arm) == rule):
+        gains: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            gains[row["trajectory"]].append(row["arms"][arm][0])
+        drift = float(np.mean([math.sqrt(max(row["arms"][arm][1], 0.0)) for row in rows]))
+        if (found := interval(gains)) is not None:
+            points.append((drift, found.mean, found.half))
+    x, y, half = np.array(sorted(points)).T
+    return x, y, half
