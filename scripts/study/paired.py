@@ -318,7 +318,7 @@ def _work(name: str, setting: Setting, number: int, output: Path, models: Path) 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
-    done = {_key(row) for row in whole_lines(output)}
+    done = {key_of(row) for row in whole_lines(output)}
     count = 0
     for row in trajectory(name, setting, number, done, models):
         with output.open("a", encoding="utf-8") as file:
@@ -328,7 +328,8 @@ def _work(name: str, setting: Setting, number: int, output: Path, models: Path) 
     return count
 
 
-def _key(row: Mapping[str, Any]) -> Key:
+def key_of(row: Mapping[str, Any]) -> Key:
+    """What tells a unit from all others."""
     return row["setting"], row["trajectory"], row["maturity"], row["rollout"]
 
 

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import random
 from pathlib import Path
@@ -15,10 +14,12 @@ from matplotlib.image import imread
 import frontier
 import paired
 from cppo_trl.data import arithmetic
+from cppo_trl.output.run_files import whole_lines
 from cppo_trl.rules import RULES
 from cppo_trl.trust_region import position_weights
 from task import PROMPT, TOKENIZER, Task, encode, logps, sample, warm_start
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TINY = dataclasses.replace(
     paired.SETTINGS["main"],
     task=Task(steps=1, errors=(("", 0.2),), updates=(250, 0)),
@@ -199,7 +200,10 @@ def test_a_rule_of_the_users_own_stands_beside_cppo_and_dppo(tmp_path, models, m
         paired.own_rule("my_study_rule.soft", ["delta=0.1", "wieght=0.5"])
 
 
-def test_no_committed_unit_is_there_twice():
-    for file in Path("docs/results").glob("paired*.jsonl"):
-        keys = [paired._key(json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-        assert len(keys) == len(set(keys))
+def test_no_committed_unit_is_there_twice_and_the_page_has_their_table():
+    for file in (RESULTS / "paired-pilot.jsonl", RESULTS / "paired.jsonl"):
+        rows = list(whole_lines(file))
+        assert len(rows) == len({paired.key_of(row) for row in rows})
+    page = (RESULTS.parent / "results.md").read_text(encoding="utf-8")
+    for line in frontier.summary(rows).splitlines():
+        assert line in page
