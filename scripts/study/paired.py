@@ -40,8 +40,8 @@ from cppo_trl.rules import RULES, Rule, find_rule
 from cppo_trl.trust_region import Verdict, cppo_mask
 from task import PROMPT, Task, hash_of, logps, sample, step, warm_start
 
-PROMPTS, RESPONSES = 32, 8
-"""Of a rollout of 16 updates: prompts, and responses to each."""
+RESPONSES = 8
+"""To each prompt."""
 ON_POLICY_RATE = 2e-4
 """Learning rate of the trainings that lead to the checkpoints: one update for each rollout."""
 
@@ -119,7 +119,8 @@ class Setting:
     Args:
         task: its task.
         arms: by name.
-        updates: made on a rollout, of 8 responses each.
+        prompts: of a rollout for 16 updates; for fewer there are fewer, so that an update is as large.
+        updates: made on a rollout.
         age: on-policy updates between the policy that sampled and the one that is trained.
         learning_rate: of the updates.
         trajectories: on-policy trainings from warm starts of their own.
@@ -129,6 +130,7 @@ class Setting:
 
     task: Task = field(default_factory=Task)
     arms: Mapping[str, Arm] = field(default_factory=lambda: FEW)
+    prompts: int = 32
     updates: int = 16
     age: int = 0
     learning_rate: float = 5e-5
@@ -235,9 +237,8 @@ class Checkpoint(NamedTuple):
 def unit(setting: Setting, checkpoint: Checkpoint, seed: int) -> dict[str, Measured]:
     """Every arm from one checkpoint, on one rollout."""
     policy, optimizer, mu = checkpoint
-    prompts = PROMPTS * setting.updates // 16
-    rollout = roll_out(setting.task, mu, prompts, seed)
-    fresh = roll_out(setting.task, mu, PROMPTS, seed + 1)
+    rollout = roll_out(setting.task, mu, setting.prompts * setting.updates // 16, seed)
+    fresh = roll_out(setting.task, mu, setting.prompts, seed + 1)
     order = torch.randperm(len(rollout.ids), generator=torch.Generator().manual_seed(seed))
     before, _ = setting.task.objective(policy)
     results = {}
@@ -270,7 +271,7 @@ def checkpoints(setting: Setting, number: int, models: Path) -> Iterator[tuple[i
             if at in setting.maturities:
                 optimizers[at] = copy.deepcopy(optimizer.state_dict())
             if at < last:
-                rollout = roll_out(setting.task, policy, PROMPTS, hash_of((setting.task, number, at)))
+                rollout = roll_out(setting.task, policy, setting.prompts, hash_of((setting.task, number, at)))
                 train(policy, optimizer, rollout, Arm(RULES["none"], {}), torch.arange(len(rollout.ids)), 1)
         torch.save((policies, optimizers), file)
     for at in setting.maturities:
@@ -296,7 +297,7 @@ def trajectory(name: str, setting: Setting, number: int, done: set[Key], models:
 
 TASKS = {
     "long": Task(19, (("", 0.035),), (500, 200)),
-    "longest": Task(62, (("", 0.006),), (600, 350)),
+    "longest": Task(62, (("", 0.006),), (600, 300)),
     "first token": Task(6, (("b", 0.05), ("d", 0.15), ("o", 0.35)), (600, 0)),
 }
 SETTINGS = {
@@ -309,7 +310,7 @@ SETTINGS = {
     "8 updates old": Setting(age=8),
     "other rules": Setting(arms=OTHERS),
     "T = 152": Setting(TASKS["long"], arms=PARTS, trajectories=6, maturities=(10, 20)),
-    "T = 496": Setting(TASKS["longest"], trajectories=3, maturities=(10, 20)),
+    "T = 496": Setting(TASKS["longest"], prompts=8, trajectories=6, maturities=(10,)),
 }
 """One factor at a time around the main setting."""
 

@@ -23,15 +23,11 @@ RESULTS = Path(__file__).parents[2] / "docs" / "results"
 TINY = dataclasses.replace(
     paired.SETTINGS["main"],
     task=Task(steps=1, errors=(("", 0.2),), updates=(250, 0)),
+    prompts=8,
     trajectories=1,
     maturities=(0, 1),
     rollouts=1,
 )
-
-
-@pytest.fixture(autouse=True)
-def small_rollouts(monkeypatch):
-    monkeypatch.setattr(paired, "PROMPTS", 8)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +184,7 @@ def test_a_rule_of_the_users_own_stands_beside_cppo_and_dppo(tmp_path, models, m
     setting = paired.own_rule("my_study_rule.soft", ["delta=0.02,0.08", "weight=1"])
     steps = [arm.parameters for name, arm in setting.arms.items() if frontier.ladder_of(name) == "my_study_rule.soft"]
     assert steps == [{"delta": 0.02, "weight": 1.0}, {"delta": 0.08, "weight": 1.0}]
-    tiny = dataclasses.replace(setting, task=TINY.task, maturities=(1,), rollouts=3)
+    tiny = dataclasses.replace(setting, task=TINY.task, prompts=8, maturities=(1,), rollouts=3)
     rows = list(paired.trajectory("my_study_rule.soft", tiny, 0, set(), models))
     rows = [{**of, "trajectory": number} for number, of in enumerate(rows)]  # an interval needs three
     assert all(of["arms"]["my_study_rule.soft 0.08,1"] == of["arms"]["dppo 0.08"] for of in rows)  # weight 1: a mask
