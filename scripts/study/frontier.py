@@ -189,7 +189,7 @@ def tables(rows: Rows, own: str | None = None) -> str:
 def draw(rows: Rows, path: Path) -> None:
     """Gain in J against drift: a panel for each setting, a line for each rule's ladder, 95 % bands by trajectory."""
     enough = {name: units for name, units in settings(rows).items() if len({row["trajectory"] for row in units}) > 2}
-    columns = min(len(enough), 4)
+    columns = math.ceil(math.sqrt(len(enough)))
     lines = math.ceil(len(enough) / columns)
     figure = Figure(figsize=(3.0 * columns + 1.0, 2.9 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False).ravel()

@@ -28,7 +28,7 @@ from cppo_trl.output.run_files import whole_lines
 from cppo_trl.rewards import accuracy_reward
 from cppo_trl.rules import RULES
 
-PROMPTS, RESPONSES, UPDATES, LENGTH, K = 3, 8, 4, 40, 20
+PROMPTS, RESPONSES, UPDATES, LENGTH, K = 4, 4, 4, 40, 20
 LEARNING_RATE = 3e-4
 CPPO = {"delta": 0.15, "w_min": 0.8, "delta_b": 0.02, "delta_b_quantile": 0.9, "delta_b_max_multiple": 2.0}
 ARMS: dict[str, tuple[str, str, dict[str, Any]]] = {
