@@ -296,7 +296,7 @@ def test_data_of_this_machine_are_checked(tmp_path):
     (tmp_path / "data").mkdir()
     assert problems(tiny_data(32)) == []
     (few,) = problems(tiny_data(31))
-    assert "31 rows and a rollout takes 32 prompts, so no update would be made" in few
+    assert "31 rows and a rollout takes 32 prompts: add data" in few
     (unnamed,) = problems(tiny_data(32).rename_column("prompt", "question"))
     assert "no column 'prompt'; it has ['question', 'solution']" in unnamed
     (zero,) = problems(tiny_data(32), "--max_steps", "0")
