@@ -57,7 +57,9 @@ class TaskArguments:
     test_problems: int = field(default=200, metadata={"help": "Held-out problems."})
     gsm8k: str | None = field(default=None, metadata={"help": "File of GSM8K's test split; null: from the Hub."})
     gsm8k_problems: int = field(default=100, metadata={"help": "Its first problems to evaluate on; 0: none."})
-    comparison_rollouts: int = field(default=2, metadata={"help": "Rollouts on which both estimators are compared."})
+    comparison_rollouts: int = field(
+        default=2, metadata={"help": "Rollouts on which both estimators are compared; 0: none."}
+    )
 
 
 def base_model(name: str, directory: Path) -> str:
@@ -335,7 +337,8 @@ def main() -> None:
     print("Evaluating the warm start and the trained model")
     before = evaluate_model(task, config, start, data, start.with_name("evaluation"))
     after = evaluate_model(task, config, output_dir, data, output_dir / "evaluation")
-    counts = compare_estimators(script, config, model, task.comparison_rollouts)
+    compared = task.comparison_rollouts
+    counts = compare_estimators(script, config, model, compared) if compared else {}
 
     rollouts = rollouts_of(output_dir)
     updates = round(config.updates_per_rollout)
