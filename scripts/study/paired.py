@@ -259,7 +259,7 @@ Key = tuple[str, int, int, int]
 def checkpoints(setting: Setting, number: int, models: Path) -> Iterator[tuple[int, Checkpoint]]:
     """Train one policy on-policy, one update for each rollout; kept in ``models`` for all settings of the task."""
     last = max(setting.maturities)
-    file = models / f"{hash_of((setting.task, setting.maturities, number))}-trajectory.pt"
+    file = models / f"{hash_of((setting.task, setting.prompts, setting.maturities, number))}-trajectory.pt"
     policy = warm_start(setting.task, number, models)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=ON_POLICY_RATE, weight_decay=0.0)
     if file.exists():
@@ -315,18 +315,15 @@ SETTINGS = {
 """One factor at a time around the main setting."""
 
 
-def _work(name: str, setting: Setting, number: int, output: Path, models: Path) -> int:
+def _work(name: str, setting: Setting, number: int, output: Path, models: Path) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     done = {key_of(row) for row in whole_lines(output)}
-    count = 0
     for row in trajectory(name, setting, number, done, models):
         with output.open("a", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             file.write(json.dumps(row) + "\n")
-        count += 1
-    return count
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
