@@ -5,7 +5,7 @@ import math
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from trl import GRPOConfig
 
 from cppo_trl.divergence import ESTIMATORS
+from cppo_trl.fields import documented
 from cppo_trl.rules import RULES, Rule, find_rule
 from cppo_trl.trust_region import Bound, Verdict
 
@@ -66,6 +67,7 @@ _HOST_OPTIONS: tuple[tuple[str, Any, str], ...] = (
 """Options of TRL's that contradict the rule: the one value that does not, and why."""
 
 
+@documented
 @dataclass
 class TrustRegionConfig:
     r"""The fields of the trust region, for every trainer's configuration.
@@ -103,50 +105,20 @@ class TrustRegionConfig:
         cppo_ratio_cap: cap C >= 1 on the ratio, as a detached weight min(1, C/ρ_t); None for no cap, as in the paper.
     """
 
-    trust_region: str = field(
-        default="cppo",
-        metadata={"help": f"Trust region: one of {', '.join(RULES)}, or the dotted path of a rule of your own."},
-    )
-    trust_region_parameters: dict | str | None = field(
-        default=None, metadata={"help": "Parameters of a rule of your own, by name."}
-    )
-    cppo_divergence: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Estimator of D_t: one of {', '.join(ESTIMATORS)}; null: binary_tv, and topk_kl under TRM.",
-        },
-    )
-    cppo_topk: int = field(default=20, metadata={"help": "K of the Top-K estimators."})
-    cppo_topk_source: str = field(
-        default="engine", metadata={"help": "Whose Top-K it is: 'engine', or 'policy' (one pass over each rollout)."}
-    )
-    cppo_delta: float | None = field(
-        default=None, metadata={"help": "Threshold; null: that of the rule's own paper; .inf: off."}
-    )
-    cppo_delta_b: float | None = field(
-        default=None, metadata={"help": "Prefix budget (floor); null: 0.02 for TV, 0.002 for KL; .inf: off."}
-    )
-    cppo_w_min: float = field(default=0.8, metadata={"help": "Position weight of the last token; 1.0: off."})
-    cppo_delta_b_quantile: float | None = field(
-        default=0.9,
-        metadata={"help": "Quantile of D_t that sets each response's budget; null: fixed budget."},
-    )
-    cppo_delta_b_max_multiple: float = field(
-        default=2.0, metadata={"help": "Ceiling of the budget, in multiples of cppo_delta_b."}
-    )
-    cppo_shuffle_weights: bool = field(
-        default=False, metadata={"help": "Position weights in a random order for each response (an ablation)."}
-    )
-    cppo_ratio_min: float | None = field(
-        default=None, metadata={"help": "1 - epsilon_low of minpro, cispo and grpo; null: 0, 0 and 0.8."}
-    )
-    cppo_ratio_max: float | None = field(
-        default=None, metadata={"help": "1 + epsilon_high of minpro, cispo and grpo; null: 1.28, 1.2 and 1.28."}
-    )
-    cppo_ratio_cap: float | None = field(
-        default=None,
-        metadata={"help": "Cap on the ratio, by a detached weight min(1, cap/ratio); null: no cap."},
-    )
+    trust_region: str = "cppo"
+    trust_region_parameters: dict | str | None = None
+    cppo_divergence: str | None = None
+    cppo_topk: int = 20
+    cppo_topk_source: str = "engine"
+    cppo_delta: float | None = None
+    cppo_delta_b: float | None = None
+    cppo_w_min: float = 0.8
+    cppo_delta_b_quantile: float | None = 0.9
+    cppo_delta_b_max_multiple: float = 2.0
+    cppo_shuffle_weights: bool = False
+    cppo_ratio_min: float | None = None
+    cppo_ratio_max: float | None = None
+    cppo_ratio_cap: float | None = None
 
     def _resolve_rule(self) -> None:
         """Check the fields and fill in the rule's own defaults; call it first in ``__post_init__``.
@@ -291,6 +263,7 @@ class TrustRegionConfig:
         _require(float(host.learning_rate) >= 0, "learning_rate", host.learning_rate, ">= 0")
 
 
+@documented
 @dataclass
 class CPPOConfig(TrustRegionConfig, GRPOConfig):
     r"""Configuration of `CPPOTrainer`: `trl.GRPOConfig` plus the trust region, `TrustRegionConfig`.
@@ -303,7 +276,6 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
     * ``loss_type="dr_grpo"``: sum over tokens divided by a constant, the authors' seq-mean-token-sum-norm.
     * ``scale_rewards="none"``: rewards minus the group mean, not divided by its standard deviation, as in both
       released codes.
-    * ``beta=0.0``: no KL term to a reference model (paper, appendix D; also TRL's default).
     * ``disable_dropout=True``: dropout alone moves π away from μ.
     * ``vllm_importance_sampling_correction=False``: the ratio already is π/μ; TRL's factor would correct twice.
 
@@ -317,31 +289,14 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
         ValueError: for a value out of range, or an option of TRL's that contradicts the rule.
     """
 
-    skip_zero_std_prompts: bool = field(
-        default=False,
-        metadata={"help": "Leave prompts whose responses all score alike out of the loss and its normalizer."},
-    )
-    log_tokens_steps: int = field(
-        default=0, metadata={"help": "Updates between two logs of a few responses token by token; 0: none."}
-    )
+    skip_zero_std_prompts: bool = False
+    log_tokens_steps: int = 0
 
-    steps_per_generation: int | None = field(
-        default=None, metadata={"help": "Micro-batches per rollout; null: as many as two updates take."}
-    )
-    loss_type: str = field(
-        default="dr_grpo", metadata={"help": "Loss normalization: 'dr_grpo', 'dapo', 'grpo' or 'bnpo'."}
-    )
-    scale_rewards: str = field(
-        default="none",
-        metadata={"help": "Division of rewards by a standard deviation: 'none', 'group' or 'batch'."},
-    )
-    disable_dropout: bool = field(
-        default=True, metadata={"help": "Switch dropout off: it moves the policy by itself."}
-    )
-    vllm_importance_sampling_correction: bool = field(
-        default=False,
-        metadata={"help": "Must stay false: the ratio is taken against the rollout policy already."},
-    )
+    steps_per_generation: int | None = None
+    loss_type: str = "dr_grpo"
+    scale_rewards: str = "none"
+    disable_dropout: bool = True
+    vllm_importance_sampling_correction: bool = False
 
     def __post_init__(self) -> None:
         if self.generation_batch_size is None and self.steps_per_generation is None:

@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, fields
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, PrinterCallback
 from cppo_trl import CPPOConfig
 from cppo_trl.data import arithmetic
 from cppo_trl.evaluation import Accuracy, evaluate
+from cppo_trl.fields import documented
 from cppo_trl.launch.command import one_line_errors
 from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
@@ -41,22 +42,30 @@ from cppo_trl.rewards import accuracy_reward
 from outcome import Log, markdown, masked, rewards, rollouts_of
 
 
+@documented
 @dataclass
 class TaskArguments:
-    """The built-in task."""
+    """The built-in task.
 
-    task_dir: str = field(default="outputs/quickstart-task", metadata={"help": "Where data and warm start are kept."})
-    terms: int = field(default=6, metadata={"help": "Digits in each sum."})
-    error_rate: float = field(default=0.15, metadata={"help": "Probability of a wrong step in a demonstration."})
-    forgotten_carry: float = field(
-        default=0.6, metadata={"help": "Probability that a demonstration forgets the carry of a step that adds 9."}
-    )
-    warm_start_steps: int = field(default=800, metadata={"help": "Updates of the supervised warm start."})
-    warm_start_seed: int = field(
-        default=0, metadata={"help": "Of problems and warm start; --seed is of the training."}
-    )
-    train_problems: int = field(default=8000, metadata={"help": "Problems to train on."})
-    test_problems: int = field(default=256, metadata={"help": "Held-out problems."})
+    Args:
+        task_dir: where data and warm start are kept.
+        terms: digits in each sum.
+        error_rate: probability of a wrong step in a demonstration.
+        forgotten_carry: probability that a demonstration forgets the carry of a step that adds 9.
+        warm_start_steps: updates of the supervised warm start.
+        warm_start_seed: of problems and warm start; --seed is of the training.
+        train_problems: problems to train on.
+        test_problems: held-out problems.
+    """
+
+    task_dir: str = "outputs/quickstart-task"
+    terms: int = 6
+    error_rate: float = 0.15
+    forgotten_carry: float = 0.6
+    warm_start_steps: int = 800
+    warm_start_seed: int = 0
+    train_problems: int = 8000
+    test_problems: int = 256
 
 
 def prepare_task(task: TaskArguments) -> tuple[Path, Path]:

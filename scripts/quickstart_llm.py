@@ -10,7 +10,7 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from cppo_trl.data.sources import SourceUnavailableError, load_local, load_sourc
 from cppo_trl.divergence import binary_tv
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
 from cppo_trl.evaluation.runner import read_results
+from cppo_trl.fields import documented
 from cppo_trl.launch.command import one_line_errors
 from cppo_trl.launch.training import CPPOScriptArguments, parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
@@ -46,20 +47,30 @@ BASE = "base.txt"
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+@documented
 @dataclass
 class TaskArguments:
-    """The word problems and the warm start."""
+    """The word problems and the warm start.
 
-    task_dir: str = field(default="outputs/quickstart-llm-task", metadata={"help": "Where both are kept."})
-    base_model: str = field(default=NAME, metadata={"help": "Path or Hub name of the model to start from."})
-    warm_start_steps: int = field(default=10, metadata={"help": "Updates of the supervised warm start."})
-    train_problems: int = field(default=2000, metadata={"help": "Problems to train on."})
-    test_problems: int = field(default=200, metadata={"help": "Held-out problems."})
-    gsm8k: str | None = field(default=None, metadata={"help": "File of GSM8K's test split; null: from the Hub."})
-    gsm8k_problems: int = field(default=100, metadata={"help": "Its first problems to evaluate on; 0: none."})
-    comparison_rollouts: int = field(
-        default=2, metadata={"help": "Rollouts on which both estimators are compared; 0: none."}
-    )
+    Args:
+        task_dir: where both are kept.
+        base_model: path or Hub name of the model to start from.
+        warm_start_steps: updates of the supervised warm start.
+        train_problems: problems to train on.
+        test_problems: held-out problems.
+        gsm8k: file of GSM8K's test split; null: from the Hub.
+        gsm8k_problems: its first problems to evaluate on; 0: none.
+        comparison_rollouts: rollouts on which both estimators are compared; 0: none.
+    """
+
+    task_dir: str = "outputs/quickstart-llm-task"
+    base_model: str = NAME
+    warm_start_steps: int = 10
+    train_problems: int = 2000
+    test_problems: int = 200
+    gsm8k: str | None = None
+    gsm8k_problems: int = 100
+    comparison_rollouts: int = 2
 
 
 def base_model(name: str, directory: Path) -> str:

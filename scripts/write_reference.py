@@ -1,7 +1,6 @@
 """Write docs/configuration.md and docs/cli.md from dataclasses, the table of rules and parsers: `make reference`."""
 
 import argparse
-import inspect
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
@@ -13,6 +12,7 @@ from trl import GRPOConfig, ScriptArguments
 from cppo_trl.config import CPPOConfig, TrustRegionConfig
 from cppo_trl.data.prepare import PrepareArguments
 from cppo_trl.evaluation.command import EvaluationArguments
+from cppo_trl.fields import meanings
 from cppo_trl.launch.plan import dry_run_parser
 from cppo_trl.launch.training import CPPOScriptArguments
 from cppo_trl.rules import RULES
@@ -110,18 +110,9 @@ def default_of(field: Field) -> str:
     return "required" if field.default is MISSING else code(yaml_value(field.default))
 
 
-def documented(kind: type, pattern: str, indent: str) -> dict[str, str]:
-    """Entries of a docstring, ``name: text`` with the lines that go on below it."""
-    found = re.findall(rf"^{pattern}: (.*(?:\n{indent}.*)*)", inspect.getdoc(kind) or "", re.MULTILINE)
-    return {name: " ".join(text.replace("``", "`").split()) for name, text in found}
-
-
 def helped(kind: type, skip: Iterable[str] = ()) -> str:
-    """A table of a dataclass's fields with the help of their flags."""
-    rows = []
-    for f in (f for f in fields(kind) if f.name not in skip):
-        choices = ", ".join(map(code, f.metadata.get("choices", ())))
-        rows.append((code(f.name), default_of(f), f.metadata["help"] + (f" One of {choices}." if choices else "")))
+    """A table of a dataclass's fields with their meanings."""
+    rows = [(code(f.name), default_of(f), meanings(kind)[f.name]) for f in fields(kind) if f.name not in skip]
     return table(("field", "default", "meaning"), rows)
 
 
@@ -134,16 +125,11 @@ def parsed(parser: argparse.ArgumentParser) -> str:
 def config_tables() -> dict[str, str]:
     """The fields that `CPPOConfig` adds, and those whose default it changes."""
     inherited = {f.name: f for f in fields(GRPOConfig)}
-    meaning = {
-        k: v for kind in (TrustRegionConfig, CPPOConfig) for k, v in documented(kind, r"    (\w+)", " {5,}").items()
-    }
-    reason = documented(CPPOConfig, r"\* ``(\w+)[^`]*``", "  ")
+    meaning = meanings(TrustRegionConfig) | meanings(CPPOConfig)
     added, changed = [], []
-    for f in (
-        f for f in fields(CPPOConfig) if f.name in TrustRegionConfig.__annotations__ | CPPOConfig.__annotations__
-    ):
+    for f in (f for f in fields(CPPOConfig) if f.name in meaning):
         if f.name in inherited:
-            changed.append((code(f.name), default_of(f), default_of(inherited[f.name]), reason[f.name]))
+            changed.append((code(f.name), default_of(f), default_of(inherited[f.name]), meaning[f.name]))
         else:
             added.append((code(f.name), default_of(f), meaning[f.name]))
     return {

@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cppo_trl"
 FLOORS = [  # from the ground up; a module imports from its own room and from lower floors only
-    {"trust_region", "divergence", "rewards"},
+    {"trust_region", "divergence", "rewards", "fields"},
     {"rules", "data"},
     {"config", "metrics"},
     {"seam", "output"},

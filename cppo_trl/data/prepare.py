@@ -12,31 +12,37 @@ from transformers import AutoTokenizer
 
 from cppo_trl.data import filters
 from cppo_trl.data.sources import SOURCES, SourceUnavailableError, local_columns, read_problems, source_files
-from cppo_trl.data.templates import TEMPLATES, template_named
+from cppo_trl.data.templates import template_named
+from cppo_trl.fields import documented
 
 
+@documented
 @dataclass
 class PrepareArguments:
     """What to prepare; a source is the name of a Hub dataset in `SOURCES` or the path of a local file.
+
+    Args:
+        output_dir: directory to write; it must not exist.
+        sources: to train on: local files, or some of dapo-math-17k, gsm8k, math, deepmath-103k and big-math.
+        test_sources: for a test split, not trained on; also gsm8k-test, math-500, aime24, aime25 and aime26.
+        decontaminate: sources whose problems are removed from the train split, or none.
+        template: prompt template: dapo, boxed, thinking or plain.
+        columns: of local files: prompt=question id=uid ...
+        max_prompt_tokens: longest prompt in tokens of ``tokenizer``.
+        tokenizer: path or Hub name, for ``max_prompt_tokens``.
 
     Raises:
         ValueError: If a value is invalid; nothing has been loaded then.
     """
 
-    output_dir: str = field(metadata={"help": "Directory to write; must not exist."})
-    sources: list[str] = field(
-        default_factory=lambda: ["dapo-math-17k"],
-        metadata={"help": f"To train on: local files, or some of {', '.join(SOURCES)}."},
-    )
-    test_sources: list[str] = field(default_factory=list, metadata={"help": "For a test split, not trained on."})
-    decontaminate: list[str] = field(
-        default_factory=lambda: ["aime24", "aime25", "aime26", "math-500"],
-        metadata={"help": "Sources whose problems are removed from the train split, or none."},
-    )
-    template: str = field(default="dapo", metadata={"help": f"Prompt template: {', '.join(TEMPLATES)}."})
-    columns: list[str] = field(default_factory=list, metadata={"help": "Of local files: prompt=question id=uid ..."})
-    max_prompt_tokens: int | None = field(default=None, metadata={"help": "Longest prompt in tokens of `tokenizer`."})
-    tokenizer: str | None = field(default=None, metadata={"help": "Path or Hub name, for max_prompt_tokens."})
+    output_dir: str
+    sources: list[str] = field(default_factory=lambda: ["dapo-math-17k"])
+    test_sources: list[str] = field(default_factory=list)
+    decontaminate: list[str] = field(default_factory=lambda: ["aime24", "aime25", "aime26", "math-500"])
+    template: str = "dapo"
+    columns: list[str] = field(default_factory=list)
+    max_prompt_tokens: int | None = None
+    tokenizer: str | None = None
 
     def __post_init__(self) -> None:
         template_named(self.template)

@@ -15,39 +15,57 @@ from cppo_trl.data.sources import require_on_hub
 from cppo_trl.evaluation.generation import Generator, Sampling, TransformersGenerator, VLLMGenerator, adapter_base
 from cppo_trl.evaluation.grading import Evaluator
 from cppo_trl.evaluation.metrics import table
-from cppo_trl.evaluation.problems import AIME, BENCHMARKS, load_problems
+from cppo_trl.evaluation.problems import AIME, load_problems
 from cppo_trl.evaluation.runner import answer_all, chunks, read_results, write_results
+from cppo_trl.fields import documented
 from cppo_trl.output.run_files import versions
 
 BACKENDS = ("auto", "vllm", "transformers")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 BATCH_SIZES = {"transformers": 16, "vllm": 512}
-BENCHMARK_HELP = f"Some of {', '.join(BENCHMARKS)}, or .jsonl, .json, .csv, .parquet files."
 
 
+@documented
 @dataclass
 class EvaluationArguments:
     """Arguments of an evaluation; the defaults are the paper's protocol.
+
+    Args:
+        model: path or Hub name of a model, or of a PEFT adapter.
+        benchmarks: some of aime24, aime25, aime26, math-500 and gsm8k-test, or .jsonl, .json, .csv, .parquet files.
+        output_dir: "" for outputs/evaluation/<model>.
+        samples: completions per problem.
+        temperature: sampling temperature; 0: greedy (with --samples 1).
+        top_p: nucleus sampling mass.
+        max_new_tokens: longest completion in tokens.
+        seed: random seed of the samples.
+        template: prompt template; null: boxed, but none for files.
+        chat_template_kwargs: JSON, for the chat template.
+        backend: ``vllm``, ``transformers``, or ``auto``: vllm if installed.
+        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as stored.
+        batch_size: completions at a time; null: 16, or 512 with vllm.
+        vllm_kwargs: JSON, arguments of vllm.LLM.
+        compare: only print a table of these directories.
 
     Raises:
         ValueError: If a value is invalid.
     """
 
-    model: str = field(default="", metadata={"help": "Path or Hub name of a model, or of a PEFT adapter."})
-    benchmarks: list[str] = field(default_factory=lambda: list(AIME), metadata={"help": BENCHMARK_HELP})
-    output_dir: str = field(default="", metadata={"help": "Default: outputs/evaluation/<model>."})
-    samples: int = field(default=16, metadata={"help": "Completions per problem."})
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0: greedy (with --samples 1)."})
-    top_p: float = field(default=0.95, metadata={"help": "Nucleus sampling mass."})
-    max_new_tokens: int = field(default=8192, metadata={"help": "Longest completion in tokens."})
-    seed: int = field(default=0, metadata={"help": "Random seed of the samples."})
-    template: str | None = field(default=None, metadata={"help": "Prompt template. Default: boxed; none for files."})
-    chat_template_kwargs: dict | str | None = field(default=None, metadata={"help": "JSON, for the chat template."})
-    backend: str = field(default="auto", metadata={"help": "auto: vllm if installed.", "choices": list(BACKENDS)})
-    dtype: str = field(default="auto", metadata={"help": "Of the weights; auto: as stored.", "choices": list(DTYPES)})
-    batch_size: int | None = field(default=None, metadata={"help": "Completions at a time; 16, or 512 with vllm."})
-    vllm_kwargs: dict | str | None = field(default=None, metadata={"help": "JSON, arguments of vllm.LLM."})
-    compare: list[str] = field(default_factory=list, metadata={"help": "Only print a table of these directories."})
+    model: str = ""
+    benchmarks: list[str] = field(default_factory=lambda: list(AIME))
+    output_dir: str = ""
+    samples: int = 16
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 8192
+    seed: int = 0
+    template: str | None = None
+    chat_template_kwargs: dict | str | None = None
+    backend: str = "auto"
+    dtype: str = "auto"
+    batch_size: int | None = None
+    vllm_kwargs: dict | str | None = None
+    compare: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not (self.model or self.compare):

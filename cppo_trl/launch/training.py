@@ -26,6 +26,7 @@ from cppo_trl.config import CPPOConfig
 from cppo_trl.data.sources import require_on_hub
 from cppo_trl.evaluation import EvaluationCallback, Problem, Sampling, load_problems
 from cppo_trl.evaluation.command import require_model
+from cppo_trl.fields import documented
 from cppo_trl.launch.parsing import parse
 from cppo_trl.output.callbacks import SaveOnInterrupt
 from cppo_trl.output.checkpoints import TrainingFinished, checkpoint_to_resume, saving
@@ -44,6 +45,7 @@ RunConfig = Union[CPPOConfig, "AsyncCPPOConfig"]
 RunTrainer = Union[CPPOTrainer, "AsyncCPPOTrainer"]
 
 
+@documented
 @dataclass
 class CPPOScriptArguments(ScriptArguments):
     """Arguments of a training run, in addition to `CPPOConfig`, `trl.ModelConfig` and `trl.DatasetMixtureConfig`.
@@ -61,20 +63,15 @@ class CPPOScriptArguments(ScriptArguments):
         eval_template: as ``template`` of ``cppo-trl evaluate``.
     """
 
-    asynchronous: bool = field(
-        default=False, metadata={"help": "Train while a vLLM server generates: the fields are AsyncCPPOConfig's."}
-    )
-    reward_funcs: list[str] = field(
-        default_factory=lambda: ["cppo_trl.rewards.accuracy_reward"],
-        metadata={"help": "Dotted import paths of the reward functions."},
-    )
-    eval_benchmarks: list[str] = field(default_factory=list, metadata={"help": "Benchmarks or files to evaluate on."})
-    eval_every: int = field(default=100, metadata={"help": "Updates between two evaluations on eval_benchmarks."})
-    eval_samples: int = field(default=16, metadata={"help": "Answers to each problem of eval_benchmarks."})
-    eval_temperature: float = field(default=0.7, metadata={"help": "Temperature of these answers."})
-    eval_top_p: float = field(default=0.95, metadata={"help": "Top-p of these answers."})
-    eval_max_new_tokens: int | None = field(default=None, metadata={"help": "null: max_completion_length."})
-    eval_template: str | None = field(default=None, metadata={"help": "null: boxed for named benchmarks, else none."})
+    asynchronous: bool = False
+    reward_funcs: list[str] = field(default_factory=lambda: ["cppo_trl.rewards.accuracy_reward"])
+    eval_benchmarks: list[str] = field(default_factory=list)
+    eval_every: int = 100
+    eval_samples: int = 16
+    eval_temperature: float = 0.7
+    eval_top_p: float = 0.95
+    eval_max_new_tokens: int | None = None
+    eval_template: str | None = None
 
 
 ARGUMENT_TYPES = (CPPOScriptArguments, CPPOConfig, ModelConfig, DatasetMixtureConfig)
