@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, snapshot_download
 from tqdm.auto import tqdm
 
-from cppo_trl.data.catalogue import SOURCES
+from cppo_trl.data.catalogue import CONVERSIONS, SOURCES
 from cppo_trl.data.templates import Messages, template_named
 from cppo_trl.rewards.audit import FORMATS
 from cppo_trl.rewards.math import completion_text
@@ -108,7 +108,7 @@ def read_problems(
         read[source] = len(raw)
         for index, raw_row in enumerate(tqdm(_rows(raw), total=len(raw), desc=f"Reading {source}", unit="row")):
             row = {key: raw_row[column] for key, column in where.items()}
-            row |= {key: function(row[key]) for key, function in convert.items()}
+            row |= {key: CONVERSIONS[name](row[key]) for key, name in convert.items()}
             text = completion_text(row["prompt"])
             if (collapsed := " ".join(text.split())) in seen:
                 continue
