@@ -11,7 +11,6 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import CPPOConfig, CPPOTrainer
-from cppo_trl.seam.checks import check_server
 from tests.conftest import COMPLETION, full_logps, gradients, injected_batch, tiny_data, tiny_model
 from tests.reference import algorithm_1, clipped_quantile
 
@@ -267,6 +266,18 @@ def test_metrics_in_training_and_evaluation(make_trainer):
     for h in train:
         assert h["cppo/masked"] == pytest.approx(h["cppo/masked_by_threshold"] + h["cppo/masked_by_budget"])
     assert all(0.02 - 1e-6 <= h["cppo/delta_b"] <= 0.04 + 1e-6 for h in train)
+    trainer.accelerator.gradient_state._set_sync_gradients(False)  # as within an update
+    assert "eval_cppo/divergence/mean" in trainer.evaluate()
+
+
+def test_a_pass_outside_rollout_and_loss_is_trl_s(make_trainer):
+    trainer = make_trainer(max_steps=2, cppo_divergence="topk_tv", cppo_topk=3)
+    trainer.train()
+    ids, attended = torch.randint(2, 20, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    with torch.no_grad():
+        found, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 4)
+        expected, *_ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, attended, 4)
+    assert torch.equal(found, expected)
 
 
 def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):
@@ -421,15 +432,6 @@ def test_other_configs_are_refused_with_the_mend(make_trainer):
         make_trainer(config_cls=GRPOConfig)
 
 
-def test_server_with_raw_logprobs_is_refused():
-    with pytest.raises(ValueError, match="processed_logprobs"):
-        check_server({"model_config": {"logprobs_mode": "raw_logprobs", "max_logprobs": 20}}, topk=0)
-    for most, topk in ((20, 20), (-1, 50)):
-        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": most}}, topk=topk)
-    with pytest.raises(ValueError, match="--max-logprobs 21"):
-        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 20}}, topk=21)
-
-
 def test_default_config_is_a_cppo_config(monkeypatch):
     seen = {}
 
@@ -444,7 +446,7 @@ def test_default_config_is_a_cppo_config(monkeypatch):
     )
     loaded = tiny_model()
     loaded.config._name_or_path = "org/some-model"
-    for model in ("org/some-model", loaded):
+    for model in ("org/some-model", "/data/models/some-model", loaded):
         with pytest.raises(KeyboardInterrupt):
             CPPOTrainer(model)
         args = seen.pop("args")

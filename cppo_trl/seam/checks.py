@@ -77,8 +77,8 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
         )
     if config.cast_lm_head_to_fp32 and arguments.get("peft_config"):
         model, init = arguments["model"], config.model_init_kwargs
-        known = {k: init[k] for k in ("revision", "trust_remote_code") if k in init} if isinstance(init, dict) else {}
-        of_the_model = AutoConfig.from_pretrained(model, **known) if isinstance(model, str) else model.config
+        given = init if isinstance(init, dict) else {}
+        of_the_model = AutoConfig.from_pretrained(model, **given) if isinstance(model, str) else model.config
         if of_the_model.get_text_config().tie_word_embeddings:
             raise ValueError(
                 "cast_lm_head_to_fp32=True with a peft_config: TRL 1.16 fails on it where the LM head is the "

@@ -181,7 +181,7 @@ class Loss:
             value: of the loss.
             step: updates made so far.
         """
-        unmoved = bool(self.batch.get("sampled_at", -1) == step)  # on the host
+        unmoved = bool(self.batch.get("sampled_at") == step)  # on the host
         record = loss_record(*self.judged, self._topk_mass, unmoved)
         count_nonfinite_loss(record, value)
         return record

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
 from cppo_trl import CPPOConfig
-from cppo_trl.seam.checks import check_model, keep_fp32_outputs
-from tests.conftest import FakeEngine, tiny_model
+from cppo_trl.seam.checks import check_model, check_server, is_reference, keep_fp32_outputs
+from tests.conftest import FakeEngine, digit_reward, tiny_data, tiny_model
 
 
 class Engine(FakeEngine):
@@ -139,3 +139,54 @@ def test_a_tied_head_in_fp32_with_an_adapter_is_refused(make_trainer, tmp_path):
     for model in (tied, str(tmp_path / "tied")):
         with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True with a peft_config"):
             make_trainer(model=model, **fields)
+
+
+def test_server_with_raw_logprobs_is_refused():
+    with pytest.raises(ValueError, match="processed_logprobs"):
+        check_server({"model_config": {"logprobs_mode": "raw_logprobs", "max_logprobs": 20}}, topk=0)
+    for most, topk in ((20, 20), (-1, 50)):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": most}}, topk=topk)
+    with pytest.raises(ValueError, match="--max-logprobs 21"):
+        check_server({"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 20}}, topk=21)
+
+
+def test_the_server_is_asked_when_the_trainer_is_made(make_trainer, monkeypatch):
+    class Served(Engine):
+        vllm_client = SimpleNamespace(
+            get_server_info=lambda: {"model_config": {"logprobs_mode": "processed_logprobs", "max_logprobs": 4}}
+        )
+
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Served)
+    served = {"use_vllm": True, "vllm_mode": "server", "cppo_divergence": "topk_tv"}
+    with pytest.raises(ValueError, match="--max-logprobs 5"):
+        make_trainer(**served, cppo_topk=5)
+    make_trainer(**served, cppo_topk=4)
+    make_trainer(**served, cppo_topk=5, cppo_topk_source="policy")
+
+
+def test_what_is_lacking_is_listed(make_trainer):
+    def reward(completions, answer, unit, **kwargs):
+        raise AssertionError
+
+    class Needs:
+        def __call__(self, completions, unit):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"reward reads the column 'answer', 'unit'; the dataset has \['prompt', "):
+        make_trainer(reward=reward)
+    with pytest.raises(ValueError, match="Needs reads the column 'unit'"):
+        make_trainer(reward=[digit_reward, Needs()])
+    with pytest.raises(ValueError, match="has 1 rows and a rollout takes 4 prompts: add data, or lower"):
+        make_trainer(data=tiny_data(1))
+
+
+def test_which_pass_scores_the_reference():
+    trained, other = tiny_model(), tiny_model()
+    assert [is_reference(model, trained) for model in (trained, other)] == [False, True]
+    adapted = get_peft_model(trained, LoraConfig(target_modules=["q_proj"]))
+    adapted.add_adapter("ref", LoraConfig(target_modules=["q_proj"]))
+    assert not is_reference(adapted, adapted)
+    with adapted.disable_adapter():
+        assert is_reference(adapted, adapted)
+    adapted.set_adapter("ref")
+    assert is_reference(adapted, adapted)
