@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
-from torch import Tensor
 from trl import GRPOConfig
 
 from cppo_trl.divergence import ESTIMATORS
@@ -173,24 +172,10 @@ class TrustRegionConfig:
         """Whether Top-K is read off the trained model, whatever samples."""
         return self.uses_topk and self.cppo_topk_source == "policy"
 
-    def judge(
-        self,
-        divergence: Tensor,
-        advantages: Tensor,
-        log_ratio: Tensor,
-        mask: Tensor,
-        response_ids: Tensor | None = None,
-    ) -> Verdict:
-        """The verdict of the rule with these fields' parameters. Arguments as in `cppo_trl.rules.Rule.judge`."""
-        return self.rule.judge(
-            divergence,
-            advantages,
-            log_ratio,
-            mask,
-            response_ids=response_ids,
-            ratio_cap=self.cppo_ratio_cap,
-            **self.rule_parameters,
-        )
+    @property
+    def judge(self) -> Callable[..., Verdict]:
+        """`cppo_trl.rules.Rule.judge` of the rule with these fields' parameters."""
+        return partial(self.rule.judge, ratio_cap=self.cppo_ratio_cap, **self.rule_parameters)
 
     def _rule_in_words(self) -> list[str]:
         words = [self.trust_region]

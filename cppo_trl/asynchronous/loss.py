@@ -70,7 +70,7 @@ class PackedLoss:
         self._log_ratio = logps - anchor
         divergence = pad(ESTIMATORS[str(config.cppo_divergence)](logps, anchor))
         self._judged = (divergence, pad(self._advantages), pad(self._log_ratio), self._mask)
-        self._verdict = config.judge(*self._judged, torch.arange(len(self._mask), device=logps.device))
+        self._verdict = config.judge(*self._judged, response_ids=torch.arange(len(self._mask), device=logps.device))
         self._weight = self._rows.flat(self._verdict.weight)
 
     def finish(self, loss: Tensor, tokens: float | Tensor, aux_coefficient: float) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from cppo_trl.launch.parsing import parse
 from cppo_trl.output.callbacks import SaveOnInterrupt
 from cppo_trl.output.checkpoints import TrainingFinished, checkpoint_to_resume, saving
 from cppo_trl.output.hub import push, require_repository
-from cppo_trl.output.model_card import CURVES, link
+from cppo_trl.output.model_card import CURVES
 from cppo_trl.output.run_files import exclusive
 from cppo_trl.rules import import_object
 from cppo_trl.seam.checks import require_columns, require_rows
@@ -136,17 +136,6 @@ def main(arguments: Sequence[str]) -> None:
     gc.collect()  # a process group that the wrapped model keeps alive must not outlast the interpreter
 
 
-class _DatasetOnCard(TrainerCallback):
-    """Names the datasets on the model card."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = names
-
-    def card_sections(self) -> dict[str, str]:
-        """As `cppo_trl.output.model_card.complete_card` asks for."""
-        return {"Training data": ", ".join(link(name, "datasets/") for name in self.names)}
-
-
 def train(
     script: CPPOScriptArguments,
     config: RunConfig,
@@ -185,7 +174,7 @@ def train(
         require_model(model.model_name_or_path)
         given: dict[str, Any] = {
             "train_dataset": data[script.dataset_train_split],
-            "callbacks": [*callbacks, _DatasetOnCard(dataset_names(script, mixture))],
+            "callbacks": list(callbacks),
             "peft_config": get_peft_config(model),
         }
         config, name = _with_loading(config, model), model.model_name_or_path

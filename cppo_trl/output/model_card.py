@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from cppo_trl.output.run_files import command_line, versions
+from cppo_trl.output.run_files import command_line, dataset_names, versions
 
 CURVES = "curves.png"
 
@@ -17,9 +17,10 @@ CURVES = "curves.png"
 def complete_card(trainer: Trainer) -> None:
     """Complete the ``README.md`` that TRL has written to ``output_dir``; for the main process.
 
-    Sections are added for the rule (``trainer.args.schedule()``), the run, the curves where ``curves.png`` is there,
-    and those that callbacks return: a callback may have a method ``card_sections() -> dict[str, str]``, title to
-    markdown. The license is that of the base model where its card is at hand.
+    Sections are added for the rule (``trainer.args.schedule()``), the run, the training data, the curves where
+    ``curves.png`` is there, and those that callbacks return: a callback may have a method
+    ``card_sections() -> dict[str, str]``, title to markdown. The license is that of the base model where its card is
+    at hand.
     """
     path = Path(trainer.args.output_dir, "README.md")
     card = ModelCard.load(path)
@@ -29,6 +30,10 @@ def complete_card(trainer: Trainer) -> None:
     run |= {"processes": str(trainer.accelerator.num_processes), "command": f"`{command_line(sys.argv)}`"}
     run["versions"] = ", ".join(f"{name} {text}" for name, text in versions().items())
     sections = {"Trust region": _table(trainer.args.schedule()), "Run": _table(run)}
+    if names := dataset_names(trainer.train_dataset):
+        sections["Training data"] = ", ".join(
+            link(name, "datasets/") if "/" in name else f"`{name}`" for name in names
+        )
     if (path.parent / CURVES).exists():
         sections["Training curves"] = f"![Training curves]({CURVES})"
     for callback in trainer.callback_handler.callbacks:

@@ -83,6 +83,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def dataset_names(dataset: Any) -> list[str]:
+    """Names on the Hub or local paths that a dataset was loaded from, as far as it knows them."""
+    name = getattr(getattr(dataset, "info", None), "dataset_name", None)
+    return name.split(", ") if name else []
+
+
 def write_run(
     directory: Path, model: str, dataset: str, schedule: Mapping[str, str], config: Mapping[str, Any]
 ) -> None:

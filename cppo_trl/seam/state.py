@@ -157,8 +157,8 @@ class Loss:
         if self.verdict is not None:
             raise RuntimeError("The trust region was applied twice in one loss. Install trl>=1.16,<1.17 unpatched.")
         self.advantages, self.mask = advantages, mask
-        response_ids = self.batch.get("response_ids")
-        self.verdict = self._config.judge(self.divergence, advantages, self.log_ratio, mask, response_ids)
+        ids = self.batch.get("response_ids")
+        self.verdict = self._config.judge(self.divergence, advantages, self.log_ratio, mask, response_ids=ids)
         return self.verdict.weight
 
     @property

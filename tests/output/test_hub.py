@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
-from cppo_trl.output.model_card import link
 from cppo_trl.output.run_files import command_line
-from tests.conftest import RECIPE, ROOT, launch, small_run
+from tests.conftest import RECIPE, ROOT, launch, small_run, tiny_data
 from tests.output.hub_server import running_hub
 
 
@@ -98,17 +97,15 @@ def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):
 
 
 def test_hub_names_become_links_and_tokens_are_left_out(make_trainer, tmp_path):
-    class Sections(TrainerCallback):
-        def card_sections(self):
-            return {"Training data": link("org/data", "datasets/")}
-
-    trainer = make_trainer(trainer={"callbacks": [Sections()]})
+    data = tiny_data()
+    data.info.dataset_name = "org/data, word-problems"
+    trainer = make_trainer(data=data)
     trainer.model.config._name_or_path = "org/base"
     trainer.create_model_card(dataset_name="org/data")
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("org/base", "org/data")
     assert "[org/base](https://huggingface.co/org/base)" in section(card, "Run")
-    assert "[org/data](https://huggingface.co/datasets/org/data)" in section(card, "Training data")
+    assert "[org/data](https://huggingface.co/datasets/org/data), `word-problems`" in section(card, "Training data")
     assert "a fine-tuned version of [org/base]" in card.text
     words = command_line(["train.py", "--hub_token", "hf_a", "--push_to_hub_token=hf_b", "--seed", "1"])
     assert words.endswith("train.py --hub_token *** --push_to_hub_token=*** --seed 1")
