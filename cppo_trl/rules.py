@@ -114,20 +114,15 @@ class Rule:
         return verdict._replace(weight=weight)
 
 
-def _cppo_in_words(
-    *,
-    delta: float,
-    w_min: float,
-    delta_b: float,
-    delta_b_quantile: float | None,
-    delta_b_max_multiple: float,
-    **others: Any,
-) -> list[str]:
-    ceiling = f"{delta_b:g} to {delta_b * delta_b_max_multiple:g} (quantile {delta_b_quantile} of each response)"
-    budget = f"{delta_b:g} (fixed)" if delta_b_quantile is None else ceiling
-    words = _in_words(delta=delta, w_min=w_min)
-    words.append(f"delta_b {'off' if math.inf in (delta, delta_b) else budget}")
-    return words + ["weights shuffled"] * others["shuffle_weights"]
+def _cppo_in_words(**given: Any) -> list[str]:
+    delta, delta_b, quantile = given["delta"], given["delta_b"], given["delta_b_quantile"]
+    ceiling = f"{delta_b:g} to {delta_b * given['delta_b_max_multiple']:g} (quantile {quantile} of each response)"
+    budget = f"{delta_b:g} (fixed)" if quantile is None else ceiling
+    words = [
+        *_in_words(delta=delta, w_min=given["w_min"]),
+        f"delta_b {'off' if math.inf in (delta, delta_b) else budget}",
+    ]
+    return words + ["weights shuffled"] * given["shuffle_weights"]
 
 
 def _cppo_bound(

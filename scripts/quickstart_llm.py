@@ -190,7 +190,9 @@ def accuracy(
             "batch_size": 64,
             **sampling,
         }
-        evaluate_command(EvaluationArguments(str(model), [str(file)], str(directory), **how))
+        evaluate_command(
+            EvaluationArguments(model=str(model), benchmarks=[str(file)], output_dir=str(directory), **how)
+        )
         metrics = read_results(directory)["benchmarks"][file.stem]
         if kind == "greedy":
             found["greedy"] = metrics["avg@1"]

@@ -112,7 +112,11 @@ def default_of(field: Field) -> str:
 
 def helped(kind: type, skip: Iterable[str] = ()) -> str:
     """A table of a dataclass's fields with their meanings."""
-    rows = [(code(f.name), default_of(f), meanings(kind)[f.name]) for f in fields(kind) if f.name not in skip]
+    rows = [
+        (code(f.name), default_of(f), f.metadata["help"].replace("%%", "%"))
+        for f in fields(kind)
+        if f.name not in skip
+    ]
     return table(("field", "default", "meaning"), rows)
 
 

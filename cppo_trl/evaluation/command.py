@@ -26,19 +26,14 @@ BATCH_SIZES = {"transformers": 16, "vllm": 512}
 
 
 @documented
-@dataclass
-class EvaluationArguments:
-    """Arguments of an evaluation; the defaults are the paper's protocol.
+@dataclass(kw_only=True)
+class EvaluationArguments(Sampling):
+    """Arguments of an evaluation, with those of `Sampling`; the defaults are the paper's protocol.
 
     Args:
         model: path or Hub name of a model, or of a PEFT adapter.
         benchmarks: some of aime24, aime25, aime26, math-500 and gsm8k-test, or .jsonl, .json, .csv, .parquet files.
         output_dir: "" for outputs/evaluation/<model>.
-        samples: completions per problem.
-        temperature: sampling temperature; 0: greedy (with --samples 1).
-        top_p: nucleus sampling mass.
-        max_new_tokens: longest completion in tokens.
-        seed: random seed of the samples.
         template: prompt template; null: boxed, but none for files.
         chat_template_kwargs: JSON, for the chat template.
         backend: ``vllm``, ``transformers``, or ``auto``: vllm if installed.
@@ -54,11 +49,6 @@ class EvaluationArguments:
     model: str = ""
     benchmarks: list[str] = field(default_factory=lambda: list(AIME))
     output_dir: str = ""
-    samples: int = 16
-    temperature: float = 0.7
-    top_p: float = 0.95
-    max_new_tokens: int = 8192
-    seed: int = 0
     template: str | None = None
     chat_template_kwargs: dict | str | None = None
     backend: str = "auto"
@@ -83,11 +73,7 @@ class EvaluationArguments:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1; got {self.batch_size}.")
         self.output_dir = self.output_dir or f"outputs/evaluation/{self.model.strip('/').replace('/', '--')}"
-        self.sampling()
-
-    def sampling(self) -> Sampling:
-        """Return how completions are sampled."""
-        return Sampling(self.samples, self.temperature, self.top_p, self.max_new_tokens, self.seed)
+        super().__post_init__()
 
 
 def evaluate_command(args: EvaluationArguments) -> str:
@@ -119,7 +105,7 @@ def _evaluator(args: EvaluationArguments) -> Evaluator:
             generate = TransformersGenerator(model, tokenizer, args.batch_size or 1)
     except (OSError, ValueError) as error:
         raise ValueError(f"model {args.model!r} cannot be loaded: {' '.join(str(error).split())}") from error
-    return Evaluator(generate, tokenizer, args.sampling(), template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
+    return Evaluator(generate, tokenizer, args, template_kwargs=args.chat_template_kwargs)  # type: ignore[arg-type]
 
 
 def _tokenizer(model: str) -> PreTrainedTokenizerBase:

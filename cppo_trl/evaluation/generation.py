@@ -14,19 +14,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from cppo_trl.evaluation.problems import Prompt
+from cppo_trl.fields import documented
 
 
-@dataclass(frozen=True)
+@documented
+@dataclass
 class Sampling:
     """How completions are sampled. Defaults are those of the paper's appendix D, except for the length.
 
     Args:
-        samples: Completions per problem, n.
-        temperature: Sampling temperature; 0 decodes greedily.
-        top_p: Nucleus sampling mass.
-        max_new_tokens: Longest completion in tokens. Not stated in the paper; 8192 is the training limit of its dense
+        samples: completions per problem, n.
+        temperature: sampling temperature; 0 decodes greedily, with a single sample.
+        top_p: nucleus sampling mass.
+        max_new_tokens: longest completion in tokens. Not stated in the paper; 8192 is the training limit of its dense
             models.
-        seed: Random seed.
+        seed: random seed of the samples.
 
     Raises:
         ValueError: If a value is out of range.

@@ -39,7 +39,7 @@ def test_train_from_a_recipe(task, processes):
     # however many processes share the problems, the numbers are those of scripts/evaluate.py
     sampling = {"samples": 4, "temperature": 0.9, "max_new_tokens": 6, "batch_size": 12, "backend": "transformers"}
     model, benchmarks, directory = str(task / "model"), [str(task / "data/train.jsonl")], str(task / "evaluation")
-    evaluate_command(EvaluationArguments(model, benchmarks, directory, **sampling))
+    evaluate_command(EvaluationArguments(model=model, benchmarks=benchmarks, output_dir=directory, **sampling))
     expected = json.loads((task / "evaluation/results.json").read_text())["benchmarks"]["train"]
     assert {name: evaluations[0][f"eval_{name}"] for name in expected} == pytest.approx(expected)
     assert 0 < expected["truncated"] < 1
