@@ -118,10 +118,8 @@ def _cppo_in_words(**given: Any) -> list[str]:
     delta, delta_b, quantile = given["delta"], given["delta_b"], given["delta_b_quantile"]
     ceiling = f"{delta_b:g} to {delta_b * given['delta_b_max_multiple']:g} (quantile {quantile} of each response)"
     budget = f"{delta_b:g} (fixed)" if quantile is None else ceiling
-    words = [
-        *_in_words(delta=delta, w_min=given["w_min"]),
-        f"delta_b {'off' if math.inf in (delta, delta_b) else budget}",
-    ]
+    words = _in_words(delta=delta, w_min=given["w_min"])
+    words.append(f"delta_b {'off' if math.inf in (delta, delta_b) else budget}")
     return words + ["weights shuffled"] * given["shuffle_weights"]
 
 
