@@ -255,9 +255,9 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
 
     Defaults that differ from `GRPOConfig`, each with its reason:
 
-    * ``steps_per_generation``: two updates per rollout where neither it nor ``generation_batch_size`` is set (one
-      pass over twice the update batch): the paper's smallest schedule. TRL's default of one update never leaves the
-      rollout policy, so no trust region could act.
+    * ``steps_per_generation``: where neither it nor ``generation_batch_size`` is set, two updates per rollout (one
+      pass over twice the update batch; above ``num_iterations=1``, that many passes over one): the paper's smallest
+      schedule. TRL's default of one update never leaves the rollout policy, so no trust region could act.
     * ``loss_type="dr_grpo"``: sum over tokens divided by a constant, the authors' seq-mean-token-sum-norm.
     * ``scale_rewards="none"``: rewards minus the group mean, not divided by its standard deviation, as in both
       released codes.

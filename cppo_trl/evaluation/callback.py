@@ -10,7 +10,14 @@ from transformers import Trainer, TrainerCallback
 from trl.distributed import DistributedBackend
 from trl.models import unwrap_model_for_generation
 
-from cppo_trl.evaluation.generation import EngineGenerator, Generator, Sampling, TransformersGenerator, undisturbed
+from cppo_trl.evaluation.generation import (
+    EngineGenerator,
+    Generator,
+    Sampling,
+    TransformersGenerator,
+    end_tokens,
+    undisturbed,
+)
 from cppo_trl.evaluation.grading import Evaluator, Reward
 from cppo_trl.evaluation.metrics import Record, all_metrics, table
 from cppo_trl.evaluation.problems import Problem
@@ -100,7 +107,7 @@ class EvaluationCallback(TrainerCallback):
         with undisturbed(trainer.model):
             if trainer.args.use_vllm:
                 trainer.vllm_generation.sync_weights()
-                yield EngineGenerator(trainer.vllm_generation, trainer.processing_class)
+                yield EngineGenerator(trainer.vllm_generation, end_tokens(trainer.model, trainer.processing_class))
                 return
             with (
                 unwrap_model_for_generation(

@@ -87,6 +87,12 @@ def encode(
     ]
 
 
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | list[int] | None:
+    """End-of-sequence tokens: those of the model's ``generation_config``, else the tokenizer's."""
+    ends = model.generation_config.eos_token_id
+    return tokenizer.eos_token_id if ends is None else ends
+
+
 def completion_of(tokens: list[int], ends: int | Sequence[int] | None) -> Completion:
     """Cut tokens after the first end-of-sequence token; without one, they were truncated."""
     known = [ends] if isinstance(ends, int) else ends or ()
@@ -120,8 +126,7 @@ class TransformersGenerator:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int):
         self.model, self.batch_size = model, batch_size
-        ends = model.generation_config.eos_token_id
-        self.ends = tokenizer.eos_token_id if ends is None else ends
+        self.ends = end_tokens(model, tokenizer)
         self.pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __call__(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
@@ -135,7 +140,11 @@ class TransformersGenerator:
 
     def _batch(self, rows: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
         ids = [torch.tensor(row, device=self.model.device) for row in rows]
-        options = {"max_new_tokens": sampling.max_new_tokens, "num_beams": 1, "repetition_penalty": 1.0}
+        options: dict[str, Any] = {
+            "max_new_tokens": sampling.max_new_tokens,
+            "num_beams": 1,
+            "repetition_penalty": 1.0,
+        }
         options |= {"pad_token_id": self.pad, "eos_token_id": self.ends, "do_sample": sampling.temperature > 0}
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0}
@@ -187,11 +196,11 @@ class EngineGenerator:
 
     Args:
         engine: TRL's ``VLLMGeneration``, with the current weights.
-        tokenizer: Tokenizer of the model.
+        ends: End-of-sequence tokens, as from `end_tokens`.
     """
 
-    def __init__(self, engine: Any, tokenizer: PreTrainedTokenizerBase):
-        self.engine, self.end = engine, tokenizer.eos_token_id
+    def __init__(self, engine: Any, ends: int | Sequence[int] | None):
+        self.engine, self.ends = engine, ends
 
     def __call__(self, prompts: Sequence[list[int]], sampling: Sampling, seeds: Sequence[int]) -> list[Completion]:
         """See `Generator`, except for seeds; every process must call it."""
@@ -205,7 +214,7 @@ class EngineGenerator:
             _, completions, _, _ = type(self.engine).generate(self.engine, rows, None, sampling.samples)
         finally:
             vars(self.engine).update(theirs)
-        return [completion_of(list(tokens), self.end) for tokens in completions[: len(prompts)]]
+        return [completion_of(list(tokens), self.ends) for tokens in completions[: len(prompts)]]
 
 
 def adapter_base(model: str) -> str | None:

@@ -263,9 +263,9 @@ def load_data(script: CPPOScriptArguments, config: RunConfig, mixture: DatasetMi
     except (DatasetGenerationError, StopIteration, OSError) as error:  # a file without rows, or not in its format
         why = error.__cause__ or (str(error) if isinstance(error, OSError) else "it is empty")
         raise ValueError(f"dataset_name: cannot read {script.dataset_name!r}: {why}") from error
-    for split in (script.dataset_train_split, *([script.dataset_test_split] if config.eval_strategy != "no" else [])):
-        if split not in data:
-            raise ValueError(f"The dataset has no split {split!r}; it has {list(data)}. Set dataset_train_split.")
+    for name in ("dataset_train_split", *(["dataset_test_split"] if config.eval_strategy != "no" else [])):
+        if (split := getattr(script, name)) not in data:
+            raise ValueError(f"The dataset has no split {split!r}; it has {list(data)}. Set {name}.")
         columns = data[split].column_names
         if columns is not None and "prompt" not in columns:
             raise ValueError(f"Split {split!r} has no column 'prompt'; it has {columns}. Rename another to it.")

@@ -151,6 +151,6 @@ def saving(output_dir: str, unfinished: Path | None = None, main_process: bool =
         kept = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
         free = shutil.disk_usage(output_dir).free / 2**20
         raise RunError(
-            f"Saving {unfinished or output_dir} failed: {error} ({free:.0f} MiB free). {kept}. Free some space, "
-            "then repeat the command with --resume_from_checkpoint true."
+            f"Saving {unfinished or output_dir} failed: {error} ({free:.0f} MiB free). {kept}. Fix the cause, then "
+            "repeat the command with --resume_from_checkpoint true."
         ) from error

@@ -79,13 +79,14 @@ class Engine:
         return None, [prompt[: self.max_completion_length] for prompt in prompts], None, None
 
 
-def test_a_trainers_engine_samples_as_asked_and_is_left_as_it_was(tokenizer):
+def test_a_trainers_engine_samples_as_asked_and_is_left_as_it_was():
     engine = Engine()
     before = vars(engine).copy()
     sampling = Sampling(2, temperature=0.7, top_p=0.9, max_new_tokens=4)
-    rows = [[5, 6, 1], [5, 6, 1], [7] * 9, [7] * 9]
-    assert EngineGenerator(engine, tokenizer)(rows, sampling, [0] * 4) == [
-        *[Completion([5, 6, 1], False)] * 2,
+    rows = [[5, 6, 1], [5, 2], [7] * 9, [7] * 9]
+    assert EngineGenerator(engine, [1, 2])(rows, sampling, [0] * 4) == [
+        Completion([5, 6, 1], False),
+        Completion([5, 2], False),
         *[Completion([7] * 4, True)] * 2,
     ]
     ((during, samples),) = engine.seen
