@@ -275,9 +275,12 @@ def test_a_pass_outside_rollout_and_loss_is_trl_s(make_trainer):
     trainer.train()
     ids, attended = torch.randint(2, 20, (3, 9)), torch.ones(3, 9, dtype=torch.long)
     with torch.no_grad():
-        found, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 4)
-        expected, *_ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, trainer.model, ids, attended, 4)
-    assert torch.equal(found, expected)
+        found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 4, compute_entropy=True)
+        expected = GRPOTrainer._get_per_token_logps_and_entropies(
+            trainer, trainer.model, ids, attended, 4, compute_entropy=True
+        )
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
 
 
 def test_rollout_mismatch_is_of_unmoved_weights_only(make_trainer):

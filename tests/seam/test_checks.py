@@ -3,12 +3,20 @@
 import warnings
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from cppo_trl import CPPOConfig
-from cppo_trl.seam.checks import check_model, check_server, is_reference, keep_fp32_outputs
+from cppo_trl.seam.checks import (
+    check_model,
+    check_server,
+    is_reference,
+    keep_fp32_outputs,
+    missing_packages,
+    require_columns,
+)
 from tests.conftest import FakeEngine, digit_reward, tiny_data, tiny_model
 
 
@@ -190,3 +198,22 @@ def test_which_pass_scores_the_reference():
         assert is_reference(adapted, adapted)
     adapted.set_adapter("ref")
     assert is_reference(adapted, adapted)
+
+
+def test_what_is_not_installed_is_named_with_its_extra(monkeypatch, tmp_path):
+    absent = {"vllm", "deepspeed"}
+    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: None if name in absent else name)
+    config = CPPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[])
+    assert missing_packages(config, "fsdp2") == []
+    (message,) = missing_packages(config, "zero3")
+    assert message.startswith("deepspeed is not installed here: pip install 'cppo-trl[deepspeed]', or ")
+    (message,) = missing_packages(SimpleNamespace(report_to=[]))  # as an asynchronous run's
+    assert message == "vllm is not installed here: pip install 'cppo-trl[vllm]', or set asynchronous to false."
+    absent.clear()
+    assert missing_packages(config, "zero3") == missing_packages(SimpleNamespace(report_to=[])) == []
+
+
+def test_the_first_prompt_shows_the_form_of_all():
+    with pytest.raises(ValueError, match="must hold a text, or messages; got"):
+        require_columns(datasets.Dataset.from_dict({"prompt": [["1+1="]]}), digit_reward)
+    require_columns(datasets.Dataset.from_dict({"prompt": ["1+1="]}), digit_reward)

@@ -1,13 +1,15 @@
 """What lives for a rollout, for one loss and for one update."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from trl import GRPOTrainer
 
 from cppo_trl.seam.state import Loss, skip_zero_std_prompts
-from tests.conftest import gradients, injected_batch, tiny_model
+from tests.conftest import gradients, injected_batch, tiny_model, with_topk
 
 
 def scored_loss(config, batch, logps):
@@ -30,6 +32,19 @@ def test_a_response_keeps_its_order_of_weights_in_any_micro_batch(make_trainer):
     parts = [scored_loss(config, half, logps[half["response_ids"]]).verdict.prefix.weights for half in halves]
     assert torch.equal(torch.cat(parts), whole[[5, 2, 7, 0]])
     assert (whole[:, 1:] > whole[:, :-1]).any()  # shuffled
+
+
+def test_arguments_of_the_pass_may_be_named(make_trainer):
+    trainer = make_trainer(cppo_divergence="topk_tv", cppo_topk=3)
+    batch, _ = with_topk(trainer.model, injected_batch(trainer.model), k=3)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+    attended = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+    compute = partial(GRPOTrainer._get_per_token_logps_and_entropies, trainer, trainer.model)
+    losses = [Loss(batch, trainer.args) for _ in range(2)]
+    losses[0].measure(compute, ids, attended, batch["completion_ids"].size(1))
+    losses[1].measure(compute, input_ids=ids, attention_mask=attended, logits_to_keep=batch["completion_ids"].size(1))
+    assert torch.equal(losses[0].divergence, losses[1].divergence)
+    assert losses[0].divergence.max() > 0.01
 
 
 def test_a_loss_is_judged_once(make_trainer):

@@ -365,6 +365,21 @@ def test_a_changed_head_is_loud(make_trainer, monkeypatch):
         trainer._compute_loss(trainer.model, batch)
 
 
+def test_a_head_that_keeps_its_normalizer_elsewhere_is_loud(make_trainer, monkeypatch):
+    class Elsewhere(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+        ):
+            logps = (hidden @ weight.t() / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+            ctx.save_for_backward(*[torch.zeros(len(hidden))] * 6)
+            return logps, torch.zeros_like(logps)
+
+    monkeypatch.setattr(policy_topk.host, "_ChunkedLogProbFunction", Elsewhere)
+    with pytest.raises(RuntimeError, match="log Z among what it saves"):
+        make_trainer(cppo_divergence="topk_tv")
+
+
 def test_engine_topk_is_the_union_with_the_sampled_token():
     model = tiny_model()
     completions = [[5, 6, 7, 1], [9, 1], [2, 3, 4]]
@@ -395,6 +410,8 @@ def test_engine_topk_is_the_union_with_the_sampled_token():
     assert logps.flatten()[[0, 2, 3, 4]].tolist() == [-1.0, -math.inf, -math.inf, -math.inf]
     with pytest.raises(RuntimeError, match="0 of 3 responses"):
         recorder.take(completion_ids)
+    engine.generate()
+    assert {part.device.type for part in recorder.take(torch.zeros(2, 1, device="meta"))} == {"meta"}
 
 
 @pytest.mark.parametrize("divergence", ["binary_tv", "topk_tv"])
