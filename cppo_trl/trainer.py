@@ -27,7 +27,7 @@ from cppo_trl.metrics import summarize
 from cppo_trl.output.run_files import append_tokens
 from cppo_trl.output.tokens import token_records
 from cppo_trl.output.trainer import GuardedOutput
-from cppo_trl.seam import checks
+from cppo_trl.seam import checks, inputs
 from cppo_trl.seam.state import Loss, Rollout, UpdateLedger, skip_zero_std_prompts
 from cppo_trl.seam.topk import EngineTopK, check_kernel
 
@@ -85,11 +85,9 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
         if args.uses_topk:
             check_kernel()
         given = inspect.signature(GRPOTrainer.__init__).bind(self, model, reward_funcs, args, *rest, **kwargs)
-        checks.check_arguments(args, given.arguments)
-        checks.require_rows(given.arguments.get("train_dataset"), args)
-        checks.require_columns(given.arguments.get("train_dataset"), reward_funcs)
-        super().__init__(model, checks.checked(reward_funcs), args, *rest, **kwargs)
-        checks.check_model(args, self.model)
+        inputs.check_arguments(args, given.arguments)
+        super().__init__(model, inputs.checked(reward_funcs), args, *rest, **kwargs)
+        inputs.check_model(args, self.model)
         checks.keep_fp32_outputs(self.accelerator)
         self.epsilon_low = self.epsilon_high = math.inf  # TRL's clip becomes the identity ...
         self.off_policy_mask_threshold = math.inf  # ... and its token mask, switched on, the slot for ours

@@ -100,7 +100,7 @@ def small_run(task):
 @pytest.fixture
 def make_trainer(tmp_path, monkeypatch):
     """A CPPOTrainer (or ``cls``) on the CPU; keyword arguments go to its config. vLLM counts as installed."""
-    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("cppo_trl.seam.inputs.find_spec", lambda name: name)
 
     def make(
         cls=CPPOTrainer, config_cls=CPPOConfig, model=None, data=None, reward=digit_reward, trainer=None, **fields

@@ -17,7 +17,7 @@ from trl.cli.commands.training import _subtract_subsequence
 from cppo_trl.launch import training
 from cppo_trl.launch.parsing import FieldParser, refuse, unknown_fields
 from cppo_trl.launch.plan import dry_run, layout_file
-from cppo_trl.seam.checks import missing_packages
+from cppo_trl.seam.inputs import missing_packages
 
 _ONE_MACHINE = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
 """Without a file of Accelerate's: what it otherwise assumes with a warning. The recipe sets the precision."""

@@ -22,7 +22,7 @@ from cppo_trl.launch import recipes
 from cppo_trl.launch.training import CPPOScriptArguments, RunConfig, dataset_names, load_data, parse_arguments
 from cppo_trl.output.checkpoints import checkpoint_to_resume
 from cppo_trl.rules import import_object
-from cppo_trl.seam.checks import missing_packages
+from cppo_trl.seam.inputs import missing_packages
 
 SHARDINGS = ("none", "ddp", "zero2", "zero3", "fsdp2")
 """Strategies whose memory the dry run knows."""

@@ -34,7 +34,7 @@ from cppo_trl.output.hub import push, require_repository
 from cppo_trl.output.model_card import CURVES
 from cppo_trl.output.run_files import exclusive
 from cppo_trl.rules import import_object
-from cppo_trl.seam.checks import require_columns, require_rows
+from cppo_trl.seam.inputs import require_columns, require_rows
 from cppo_trl.trainer import CPPOTrainer, check_trl
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from tests.asynchronous.conftest import NoTransfer, Rollouts
 @pytest.fixture
 def recipe(task, monkeypatch):
     """The recipe of two updates on the task, whose samples a stub makes."""
-    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("cppo_trl.seam.inputs.find_spec", lambda name: name)
     monkeypatch.setattr(sys, "argv", ["cppo-trl"])
     data = task / "data/train.jsonl"
     rows = [json.loads(line) for line in data.read_text().splitlines()]

@@ -102,7 +102,7 @@ ASYNCHRONOUS = [
     ("arguments", "message"), ASYNCHRONOUS, ids=[" ".join(a.split()[:1]) for a, _ in ASYNCHRONOUS]
 )
 def test_a_wrong_field_of_an_asynchronous_run(arguments, message, run, task, monkeypatch):
-    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: name)
+    monkeypatch.setattr("cppo_trl.seam.inputs.find_spec", lambda name: name)
     if arguments:
         rows(task, lambda row: row | {"prompt": [{"role": "user", "content": row["prompt"]}]})
     recipe = task / "async.yaml"
@@ -217,7 +217,7 @@ def test_wrong_data_from_python(data, reward, message, make_trainer):
 
 
 def test_missing_packages_from_python(make_trainer, monkeypatch):
-    monkeypatch.setattr("cppo_trl.seam.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("cppo_trl.seam.inputs.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="vllm is not installed here"):
         make_trainer(use_vllm=True)
 
