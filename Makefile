@@ -27,7 +27,7 @@ test: install  ## the whole default suite
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-llm: install .smollm2/.installed  ## the real model of quickstart-llm, from PyPI, through one short run of every stage
-	PYTHONPATH=.smollm2 CPPO_TEST_LLM=1 $(BIN)/python -m pytest tests/launch/test_quickstart_llm.py
+	PYTHONPATH=.smollm2 CPPO_TEST_LLM=1 $(BIN)/python -m pytest tests/scripts/test_quickstart_llm.py
 
 test-llm-vllm: .venv-vllm/.installed  ## twenty rollouts of that recipe by a vLLM server, from the warm start of quickstart-llm
 	CPPO_TEST_LLM=1 HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 VLLM_CPU_KVCACHE_SPACE=1 \

@@ -133,7 +133,7 @@ class TrustRegionConfig:
         self._check_rule()
 
     def _rename_checkpointing(self) -> None:
-        """Set by its new name what TRL sets by the one that transformers 5.23 warns of."""
+        """Set under their new names the fields that TRL sets under names deprecated in transformers 5.23."""
         for kind in ("", "_kwargs"):
             if getattr(self, f"activation_checkpointing{kind}", "") is None:
                 setattr(self, f"activation_checkpointing{kind}", getattr(self, f"gradient_checkpointing{kind}"))
@@ -343,7 +343,7 @@ class CPPOConfig(TrustRegionConfig, GRPOConfig):
             self.loss_type in losses,
             "loss_type",
             self.loss_type,
-            f"one of {losses}; others bring their own clip",
+            f"one of {losses}; others apply their own clipping",
         )
         self._refuse_contradictions()
         kwargs: Any = self.generation_kwargs

@@ -50,13 +50,14 @@ class CPPOTrainer(GuardedOutput, GRPOTrainer):
     The arguments are those of `trl.GRPOTrainer`, with a `CPPOConfig` as ``args``. The ratio and the divergence are
     taken against the rollout policy: the engine's log-probs where there are any (vLLM, ``rollout_func``), else
     those that the same model recomputes right after generation. ``cppo_topk_source="policy"`` takes the divergence
-    against the latter in any case; a ``rollout_func`` with a true attribute ``lag`` samples from older weights and is
-    refused there.
+    against the latter in any case. A ``rollout_func`` that samples from older weights says so by an attribute
+    ``lag=True``; Top-K is then refused.
 
     Raises:
         TypeError: if ``args`` is not a `CPPOConfig`.
         RuntimeError: if the installed TRL differs from the one that the seam was made for, or if a loss bypassed it.
-        ValueError: if a vLLM server does not return the log-probs of the sampling distribution.
+        ValueError: for other arguments that do not fit (`cppo_trl.seam.inputs`), or a vLLM server that does not
+            return the log-probs of the sampling distribution.
     """
 
     _tag_names = ["trl", "cppo"]  # noqa: RUF012

@@ -214,3 +214,22 @@ def test_a_rule_of_your_own_is_checked_against_its_signature(tmp_path, monkeypat
     ]:
         with pytest.raises(ValueError, match=named):
             make(**{"trust_region_parameters": {"delta": 0.1} if "cppo_delta" in fields else None, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cppo_topk": 20.0, "cppo_divergence": "topk_tv"}, "cppo_topk must be an integer; got 20.0"),
+        ({"cppo_delta": 15}, "cppo_delta must be at most 1, the largest total variation"),
+        ({"max_completion_length": 0}, "max_completion_length must be >= 1"),
+        ({"learning_rate": -1.0}, "learning_rate must be >= 0"),
+    ],
+)
+def test_a_wrong_field_from_python(fields, message):
+    with pytest.raises(ValueError, match=message):
+        CPPOConfig("x", use_cpu=True, bf16=False, **fields)
+
+
+def test_a_budget_above_the_threshold_is_doubtful():
+    with pytest.warns(UserWarning, match=r"cppo_delta_b=0.2 exceeds cppo_delta=0.1: .* Lower it"):
+        CPPOConfig("x", use_cpu=True, bf16=False, cppo_delta=0.1, cppo_delta_b=0.2)

@@ -2,16 +2,28 @@ import copy
 import functools
 import math
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from accelerate import Accelerator
 from peft import LoraConfig
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM, TrainerCallback
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import CPPOConfig, CPPOTrainer
-from tests.conftest import COMPLETION, full_logps, gradients, injected_batch, tiny_data, tiny_model
+from cppo_trl.data import arithmetic
+from cppo_trl.seam.checks import check_hooks
+from tests.conftest import (
+    COMPLETION,
+    SMALL_RUN,
+    digit_reward,
+    full_logps,
+    gradients,
+    injected_batch,
+    tiny_data,
+    tiny_model,
+)
 from tests.reference import algorithm_1, clipped_quantile
 
 LOSS_TYPES = ["dr_grpo", "dapo", "grpo", "bnpo"]
@@ -231,11 +243,6 @@ def test_vllm_with_a_rollout_func_that_gives_no_logprobs_scores_the_rollout_itse
     assert min(means[1:]) > 1e-4
 
 
-def test_attention_dropout_is_named(make_trainer):
-    with pytest.warns(UserWarning, match="attention_dropout=0.3"):
-        make_trainer(model=tiny_model(attention_dropout=0.3))
-
-
 def test_metrics_in_training_and_evaluation(make_trainer):
     names = {"masked", "masked_by_threshold", "masked_by_budget", "toward_rollout", "delta_b", "masked_positive"}
     names |= {"masked_negative", "divergence/mean", "divergence/p90", "divergence/max", "ratio/mean", "ratio/max"}
@@ -272,8 +279,9 @@ def test_metrics_in_training_and_evaluation(make_trainer):
 
 def test_a_pass_outside_rollout_and_loss_is_trl_s(make_trainer):
     trainer = make_trainer(max_steps=2, cppo_divergence="topk_tv", cppo_topk=3)
-    trainer.train()
     ids, attended = torch.randint(2, 20, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    assert trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 4)[0].shape == (3, 4)
+    trainer.train()
     with torch.no_grad():
         found = trainer._get_per_token_logps_and_entropies(trainer.model, ids, attended, 4, compute_entropy=True)
         expected = GRPOTrainer._get_per_token_logps_and_entropies(
@@ -377,34 +385,6 @@ def test_training_raises_the_reward_with_lora_checkpointing_and_resume(make_trai
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2
 
 
-def test_model_card_names_the_method_and_its_numbers(make_trainer, tmp_path):
-    class Evaluated(TrainerCallback):
-        def card_sections(self):
-            return {"Evaluation": "| before | after |\n|---|---|\n| 0.1 | 0.9 |"}
-
-    trainer = make_trainer(trainer={"callbacks": [Evaluated()]})
-    trainer.create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
-    assert "https://huggingface.co/papers/2606.10968" in card
-    assert "delta 0.15, w_min 0.8, delta_b 0.02" in card
-    assert "| 0.1 | 0.9 |" in card
-    assert "huggingface.co/None" not in card
-    example = card.split("```python")[1].split("```")[0]
-    trainer.save_model()
-    printed = []
-    exec(example.replace(', device_map="auto"', ""), {"print": printed.append})  # the card's example runs
-    assert len(printed) == 1
-    assert {"trl", "cppo"} <= set(trainer.model.model_tags)
-
-
-def test_model_card_of_a_baseline_does_not_claim_cppo(make_trainer, tmp_path):
-    make_trainer(trust_region="dppo").create_model_card(model_name="tiny")
-    card = (tmp_path / "README.md").read_text()
-    assert "trained with DPPO." in card
-    assert "2606.10968" not in card
-    assert "dppo, binary_tv, delta 0.15" in card
-
-
 def test_start_up_table(make_trainer, capsys):
     make_trainer(steps_per_generation=4)
     table = capsys.readouterr().out
@@ -428,6 +408,22 @@ def test_drift_of_trl_is_loud(make_trainer, monkeypatch):
         patch.setattr(GRPOTrainer, "get_off_policy_mask", staticmethod(lambda advantages, logps: None))
         with pytest.raises(RuntimeError, match="get_off_policy_mask"):
             make_trainer()
+
+
+def test_a_method_that_trl_no_longer_has_and_an_older_trl_are_loud(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"GRPOTrainer.gone of the installed TRL takes None, expected \['self'\]"):
+        check_hooks(GRPOTrainer, {"gone": ["self"]})
+    for version, loud in {"1.15.9": True, "1.16.0": False, "1.17.0rc1": False, "2.0": False}.items():
+        monkeypatch.setattr("cppo_trl.seam.checks.version", lambda name, version=version: version)
+        with pytest.raises(RuntimeError, match=r"needs 1\.16") if loud else nullcontext():
+            check_hooks(GRPOTrainer, {})
+
+
+def test_arguments_may_stand_in_trl_s_order(tmp_path):
+    config = CPPOConfig(str(tmp_path), num_generations=4, per_device_train_batch_size=8, **SMALL_RUN)
+    data, held_out = tiny_data(16), tiny_data(4)
+    trainer = CPPOTrainer(tiny_model(), digit_reward, config, data, held_out, arithmetic.tokenizer())
+    assert (trainer.train_dataset, trainer.eval_dataset) == (data, held_out)
 
 
 def test_other_configs_are_refused_with_the_mend(make_trainer):

@@ -41,7 +41,7 @@ def parse(
         types: the dataclasses.
         arguments: the command line; None for this process's own.
         prog: the command, for ``--help``.
-        others: leave fields that none of them has alone.
+        others: return unknown fields instead of raising.
 
     Returns:
         A tuple with one instance of each; with ``others``, what is left as well.

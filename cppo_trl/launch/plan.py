@@ -216,7 +216,7 @@ def _missing_here(
     """What the run needs and is missing on this machine only."""
     notes = missing_packages(config, layout.sharding)
     if config.bf16 and not (torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)):
-        notes.append("bf16=true, which no GPU here supports: the machine that trains must")
+        notes.append("bf16=true: no GPU on this machine supports it; the training machine must")
     for name in dataset_names(script, mixture):
         if not os.path.exists(name):
             notes.append(f"dataset {name!r} is not on this machine: on the Hub, or made by cppo-trl prepare-data")
@@ -249,7 +249,7 @@ def _conflicts(
         if context is not None and longest >= context:
             yield f"max_completion_length={longest} exceeds the model's context of {context}: lower it"
         if layout.sharding.startswith("zero"):
-            yield f"TRL's asynchronous trainer knows DDP and FSDP2, not {layout.sharding}: take an fsdp2 file"
+            yield f"TRL's async trainer knows DDP and FSDP2, not {layout.sharding}: use --accelerate_config fsdp2"
         return
     length, completion = config.vllm_max_model_length, config.max_completion_length
     if config.use_vllm and length is not None and completion >= length:
@@ -273,4 +273,4 @@ def _conflicts(
     if heads % parallel:
         yield f"vllm_tensor_parallel_size={parallel} does not divide {heads} attention heads"
     if model.use_peft and config.cast_lm_head_to_fp32 and architecture.tie_word_embeddings:
-        yield "cast_lm_head_to_fp32=true: TRL 1.16 fails on it with LoRA where the LM head is the embedding; set false"
+        yield "cast_lm_head_to_fp32=true: TRL 1.16 fails on it with LoRA and tied word embeddings; set it to false"

@@ -23,7 +23,7 @@ def layouts() -> dict[str, Path]:
 
 
 def nearest(names: Iterable[str], known: Iterable[str]) -> str:
-    """The question what was meant by names that are unknown, with a space before it; empty where nothing is near."""
+    """A hint " Did you mean ...?" for unknown names, or an empty string."""
     known = list(known)
     close = [match for name in names for match in get_close_matches(name, known, 1)]
     return f" Did you mean {', '.join(close)}?" if close else ""

@@ -1,4 +1,4 @@
-"""Uploads to the Hub: a refusal comes before training, and a failure costs no results."""
+"""Uploads to the Hub: access is checked before training, and a failed upload loses no results."""
 
 import shlex
 from pathlib import Path

@@ -99,8 +99,8 @@ def check_server(info: dict[str, Any], topk: int) -> None:
 class EngineCheck:
     """Compares vLLM with the trainer after each weight sync: the tokens of a rollout, before the weights have moved.
 
-    Both computed them with the same weights, or should have, so what they differ by is noise. More than rounding can
-    make is an engine with other weights, which nothing else would show.
+    Both should have computed them with the same weights, so the difference is rounding. A larger difference means that
+    the engine has other weights, which nothing else would show.
 
     Args:
         config: the trainer's.
@@ -126,9 +126,9 @@ class EngineCheck:
         if nats > MAX_MISMATCH_NATS:
             raise RuntimeError(
                 f"After {step} updates, right after a weight sync, vLLM's log-probs differ from the trainer's by "
-                f"{nats:.2g} nats a token on average; rounding stays below {MAX_MISMATCH_NATS:g}. The sync leaves "
-                "some stale (often a head that is the embedding), or the server holds another model. Restart it "
-                "with the trained model, or install a vLLM whose load_weights fits it (docs/vllm.md, stale weights)."
+                f"{nats:.2g} nats a token on average; rounding stays below {MAX_MISMATCH_NATS:g}. Some weights were "
+                "not updated by the sync (often a tied LM head), or the server holds another model. Restart it with "
+                "the trained model, or install a vLLM whose load_weights fits it (docs/vllm.md, stale weights)."
             )
         if self._warns and divergence > NOTICEABLE_SHARE * self._limit:
             self._warns = False

@@ -44,8 +44,8 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
         of_the_model = AutoConfig.from_pretrained(model, **given) if isinstance(model, str) else model.config
         if of_the_model.get_text_config().tie_word_embeddings:
             raise ValueError(
-                "cast_lm_head_to_fp32=True with a peft_config: TRL 1.16 fails on it where the LM head is the "
-                "embedding. Set cast_lm_head_to_fp32 to false."
+                "cast_lm_head_to_fp32=True with a peft_config: TRL 1.16 fails on it with tied word "
+                "embeddings. Set cast_lm_head_to_fp32 to false."
             )
     require_rows(arguments.get("train_dataset"), config)
     require_columns(arguments.get("train_dataset"), arguments.get("reward_funcs"))
@@ -55,7 +55,7 @@ def require_rows(dataset: Any, config: Any) -> None:
     """Refuse a run that would make no update.
 
     TRL takes whole rollouts from the dataset, so one with fewer rows than a rollout has prompts trains for zero steps.
-    A dataset without a length (a streamed one) is not checked; an asynchronous run goes round and round.
+    A dataset without a length (a streamed one) is not checked; an asynchronous run repeats the dataset.
 
     Args:
         dataset: the training data, a row per prompt.
@@ -92,7 +92,7 @@ def missing_packages(config: Any, sharding: str = "none") -> list[str]:
     switch = "use_vllm" if isinstance(config, CPPOConfig) else "asynchronous"
     wanted = {
         "vllm": (f"set {switch} to false", getattr(config, switch, True) and not find_spec("vllm")),
-        "deepspeed": ("take an fsdp2 file", sharding.startswith("zero") and not find_spec("deepspeed")),
+        "deepspeed": ("use --accelerate_config fsdp2", sharding.startswith("zero") and not find_spec("deepspeed")),
         **dict.fromkeys(sorted(trackers), ("set report_to to none", True)),
     }
     return [

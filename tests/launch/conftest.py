@@ -1,7 +1,11 @@
+"""The recipes' models, found without the Hub."""
+
 import pytest
 from transformers import Qwen3Config, Qwen3MoeConfig
 
 from cppo_trl.launch import plan
+from cppo_trl.launch.plan import dry_run
+from tests.conftest import ROOT
 
 # From the models' config.json: hidden and feed-forward size, layers, query heads, key-value heads, whether the LM head
 # is the embedding, billions of parameters on the model card
@@ -33,3 +37,13 @@ def qwen3_on_the_hub(monkeypatch):
         return qwen3(name) if str(name).removesuffix("-Base") in QWEN3 else find(name)
 
     monkeypatch.setattr(plan, "architecture_of", found)
+
+
+def path_of(model):
+    (path,) = ROOT.glob(f"configs/{model.split('/')[1].lower()}/paper-*/cppo.yaml")
+    return path
+
+
+def plan_of(path, layout=None, *arguments):
+    layout = ["--accelerate_config", ROOT / f"configs/accelerate/{layout}.yaml"] if layout else []
+    return dry_run([str(x) for x in ("--config", path, *layout, *arguments)])

@@ -1,48 +1,69 @@
+"""The command `cppo-trl`: what it lists, how fast, and how its errors end."""
+
+import os
 import runpy
+import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 
 from cppo_trl.config import CPPOConfig
-from cppo_trl.launch.command import one_line_errors
+from cppo_trl.launch.command import COMMANDS, main, one_line_errors
 from cppo_trl.launch.parsing import parse
 from cppo_trl.output.checkpoints import checkpoint_to_resume, saving
-from tests.conftest import RECIPE, ROOT
+from tests.conftest import RECIPE, ROOT, SMALL_RUN, launch
+
+FIRST_UPDATE = f"""
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from cppo_trl import CPPOConfig, CPPOTrainer
+from cppo_trl.data import arithmetic
+size = dict(vocab_size=23, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+model = Qwen3ForCausalLM(Qwen3Config(**size, num_key_value_heads=1, pad_token_id=0, eos_token_id=1))
+fields = {{**{SMALL_RUN!r}, "gradient_checkpointing": True, "max_completion_length": 4, "max_steps": 1}}
+CPPOTrainer(
+    model, lambda completions, **_: [float(len(text)) for text in completions],
+    CPPOConfig("out", **fields),
+    train_dataset=arithmetic.problems(8, 3, 0), processing_class=arithmetic.tokenizer(),
+).train()
+"""
 
 
-@dataclass
-class Fields:
-    size: int = 1
-    name: str = "x"
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["recipes", "fsdp2"]])
+def test_help_and_recipes_answer_without_torch(arguments):
+    program = f"import sys; from cppo_trl.launch.command import main; main({arguments!r}); "
+    done = launch("-c", program + "assert not {'torch', 'trl', 'transformers'} & set(sys.modules)")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (None, "--config: cannot read .*FILE.yaml .No such file"),
-        ("size: [1", "--config: not valid YAML: .*line 1"),
-        ("- 1", "must contain a YAML mapping"),
-        ("size: big", "argument --size: invalid int value: 'big'"),
-        ("szie: 2", "Unknown field: szie. Did you mean size"),
-    ],
-)
-def test_a_wrong_recipe_is_refused_in_one_line(text, message, tmp_path):
-    path = tmp_path / "FILE.yaml"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(ValueError, match=message) as refused:
-        parse((Fields,), ["--config", str(path)])
-    assert "\n" not in str(refused.value)
-    assert "usage" not in str(refused.value)
+def test_every_command_is_listed(capsys):
+    main(["--help"])
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in COMMANDS)
+    with pytest.raises(SystemExit, match=r"there is no command 'tarin'\. Did you mean train"):
+        main(["tarin"])
 
 
-def test_the_command_line_takes_precedence_and_its_typos_are_named(tmp_path):
-    (tmp_path / "FILE.yaml").write_text("size: 2\n")
-    assert parse((Fields,), ["--config", str(tmp_path / "FILE.yaml"), "--name", "y"]) == (Fields(2, "y"),)
-    assert parse((Fields,), ["--config", str(tmp_path / "FILE.yaml"), "--size", "3"]) == (Fields(3),)
-    with pytest.raises(ValueError, match=r"Unknown field: nmae\. Did you mean name"):
-        parse((Fields,), ["--nmae", "y"])
+def test_no_warning_before_the_first_update(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-W", "always::FutureWarning", "-c", FIRST_UPDATE],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Warning" not in done.stderr
+
+
+def test_an_older_trl_is_refused():
+    program = (
+        "import importlib.metadata as m; old = m.version; m.version = lambda n: '1.15.0' if n == 'trl' else old(n)"
+    )
+    program += "; from cppo_trl import CPPOTrainer; CPPOTrainer('no/such')"
+    done = launch("-c", program)
+    assert "RuntimeError: TRL 1.15.0 is installed; cppo_trl needs 1.16: pip install" in done.stderr
 
 
 def fail_to_save():

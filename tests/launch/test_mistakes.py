@@ -3,13 +3,10 @@
 import json
 import sys
 
-import datasets
 import pytest
-import torch
 
-from cppo_trl import CPPOConfig
 from cppo_trl.launch.command import main
-from tests.conftest import digit_reward, flags, small_run, tiny_data
+from tests.conftest import flags, small_run
 
 RECIPE = "quickstart"
 REWARDS = """
@@ -181,46 +178,3 @@ def test_a_reward_that_returns_something_else_stops_in_its_first_rollout(name, g
     sys.modules.pop("my_rewards")
     expected = f"reward_funcs: {name} must return 32 numbers, one for each completion (None to abstain); got {got}"
     assert expected in str(stopped.value.code)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"cppo_topk": 20.0, "cppo_divergence": "topk_tv"}, "cppo_topk must be an integer; got 20.0"),
-        ({"cppo_delta": 15}, "cppo_delta must be at most 1, the largest total variation"),
-        ({"max_completion_length": 0}, "max_completion_length must be >= 1"),
-        ({"learning_rate": -1.0}, "learning_rate must be >= 0"),
-    ],
-)
-def test_a_wrong_field_from_python(fields, message):
-    with pytest.raises(ValueError, match=message):
-        CPPOConfig("x", use_cpu=True, bf16=False, **fields)
-
-
-def test_a_budget_above_the_threshold_is_doubtful():
-    with pytest.warns(UserWarning, match=r"cppo_delta_b=0.2 exceeds cppo_delta=0.1: .* Lower it"):
-        CPPOConfig("x", use_cpu=True, bf16=False, cppo_delta=0.1, cppo_delta_b=0.2)
-
-
-@pytest.mark.parametrize(
-    ("data", "reward", "message"),
-    [
-        (tiny_data(16).select([]), digit_reward, "has 0 rows"),
-        (tiny_data(16).remove_columns("solution"), lambda completions, solution: [], "reads the column 'solution'"),
-        (tiny_data(16), [digit_reward, 3], "reward_funcs: 3 is not callable"),
-        (datasets.Dataset.from_dict({"prompt": [["1+1="]] * 16}), digit_reward, "must hold a text, or messages"),
-    ],
-)
-def test_wrong_data_from_python(data, reward, message, make_trainer):
-    with pytest.raises(ValueError, match=message):
-        make_trainer(data=data, reward=reward)
-
-
-def test_missing_packages_from_python(make_trainer, monkeypatch):
-    monkeypatch.setattr("cppo_trl.seam.inputs.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="vllm is not installed here"):
-        make_trainer(use_vllm=True)
-
-
-def test_rewards_may_be_tensors_and_arrays(make_trainer):
-    make_trainer(reward=lambda completions, **kwargs: torch.ones(len(completions)), max_steps=1).train()

@@ -1,25 +1,20 @@
-"""Every recipe through the dry run, against the paper's numbers written here by hand."""
+"""Every recipe through the dry run, against the paper's numbers written here by hand; how they are listed."""
 
-import importlib.util
-import json
 import os
 import re
-import runpy
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
 
 from cppo_trl import AsyncCPPOConfig
-from cppo_trl.launch.plan import dry_run, read_layout
+from cppo_trl.launch import recipes
+from cppo_trl.launch.command import main
+from cppo_trl.launch.plan import read_layout
 from cppo_trl.rules import RULES
-from tests.conftest import tiny_data, tiny_model
+from tests.conftest import ROOT
+from tests.launch.conftest import path_of, plan_of
 
-ROOT = Path(__file__).parents[2]
 RECIPES = sorted(ROOT.glob("configs/*/*/*.yaml"))
 LAYOUTS = sorted(ROOT.glob("configs/accelerate/*.yaml"))
 
@@ -45,22 +40,12 @@ ASYNCHRONOUS = {  # recipe: the layout it is meant for, options of its server
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 
-def path_of(model):
-    (path,) = ROOT.glob(f"configs/{model.split('/')[1].lower()}/paper-*/cppo.yaml")
-    return path
-
-
 def responses_per_update(plan):
     return int(plan.rows["an update"].split()[0])
 
 
 def gib_of(plan):
     return float(plan.rows["GPU memory"].split()[0])
-
-
-def plan_of(path, layout=None, *arguments):
-    layout = ["--accelerate_config", ROOT / f"configs/accelerate/{layout}.yaml"] if layout else []
-    return dry_run([str(x) for x in ("--config", path, *layout, *arguments)])
 
 
 @pytest.mark.parametrize("row", TABLE_3, ids=lambda row: row[0])
@@ -155,7 +140,7 @@ def test_asynchronous_recipes_fit_their_cards_and_their_server(recipe):
 def test_no_recipe_is_left_out():
     listed = {path_of(row[0]) for row in TABLE_3} | {ROOT / f"configs/{name}.yaml" for name in SINGLE_GPU}
     listed |= {ROOT / f"configs/{name}.yaml" for name in ASYNCHRONOUS}
-    listed |= {ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"}  # tests/launch/test_quickstart_llm.py
+    listed |= {ROOT / "configs/smollm2-135m/word-problems/cppo.yaml"}  # tests/scripts/test_quickstart_llm.py
     assert listed == set(RECIPES)
     assert all((path.parent / "README.md").is_file() for path in RECIPES)
 
@@ -205,126 +190,6 @@ def test_plugins_take_the_fields_of_the_files():
             assert plugin.reshard_after_forward is True
 
 
-SMALL = str(ROOT / "configs/qwen3-1.7b/paper-8k/cppo.yaml")
-LORA = str(ROOT / "configs/qwen3-0.6b/gsm8k-lora/cppo.yaml")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", SMALL, "--cppo_detla", "1"], "cppo_detla"),
-        (["--config", SMALL, "--num_processes", "3"], "must be divisible by the global batch size"),
-        (["--config", SMALL, "--num_generations", "3"], "must be divisible by num_generations"),
-        (["--config", SMALL, "--num_processes", "0"], "num_processes must be >= 1"),
-        (["--config", SMALL, "--cppo_topk", "21"], "cppo_topk must be <= 20"),
-        (["--config", SMALL, "--top_p", "0.9"], "top_p=0.9 contradicts"),
-    ],
-)
-def test_what_cannot_work_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        dry_run(arguments)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--num_processes", "8", "--vllm_tensor_parallel_size", "3"], "does not divide 8 processes"),
-        (["--num_processes", "8", "--vllm_tensor_parallel_size", "32"], "does not divide 16 attention heads"),
-        (["--max_completion_length", "9216"], "leaves no room for a prompt"),
-        (["--max_completion_length", "40960", "--vllm_max_model_length", "41000"], "exceed the model's context"),
-        (["--reward_funcs", "nowhere.reward"], "cannot import 'nowhere.reward'"),
-    ],
-)
-def test_problems_are_named(arguments, message):
-    plan = dry_run(["--config", SMALL, *arguments])
-    assert any(message in problem for problem in plan.problems), plan.problems
-
-
-def test_a_server_s_top_k_that_no_machine_holds_is_refused():
-    recipe = path_of("Qwen/Qwen3-30B-A3B-Base")
-    (problem,) = plan_of(recipe, None, "--cppo_topk_source", "engine").problems
-    # 4096 x 16384 tokens x (291 + 72 x 20) bytes
-    assert "1,731 bytes of Python objects a token (measured) are up to 108 GiB in each process" in problem
-    assert "67,108,864 tokens: set cppo_topk_source to policy" in problem
-    for fields in (["--generation_batch_size", "1024"], ["--cppo_divergence", "binary_tv"], ["--use_vllm", "false"]):
-        assert plan_of(recipe, None, "--cppo_topk_source", "engine", *fields).problems == []
-
-
-def test_a_cast_head_that_trl_cannot_make_is_refused(make_trainer):
-    plan = dry_run(["--config", LORA, "--cast_lm_head_to_fp32", "true"])
-    assert any("TRL 1.16 fails on it with LoRA" in problem for problem in plan.problems)
-    assert plan_of(path_of("Qwen/Qwen3-8B-Base"), None, "--use_peft", "true").problems == []  # untied
-    lora = {"peft_config": LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")}
-    fields = {"model": tiny_model(tie_word_embeddings=True), "cast_lm_head_to_fp32": True, "trainer": lora}
-    with pytest.raises(ValueError, match="cast_lm_head_to_fp32 to false"):
-        make_trainer(**fields)
-    with pytest.raises(AttributeError, match="embed_tokens"):  # once this passes, TRL has fixed it: drop the refusals
-        make_trainer(GRPOTrainer, GRPOConfig, **fields)
-
-
-def test_what_this_machine_lacks_is_a_note_and_no_problem():
-    plan = plan_of(SMALL, "zero3")
-    text = str(plan)
-    for name in ("vllm", "deepspeed", "trackio"):
-        assert (f"note: {name} is not installed here" in text) == (importlib.util.find_spec(name) is None)
-    assert "data/dapo-math-17k" in text
-    assert plan.config.bf16
-    assert plan.problems == []
-
-
-def test_memory_informs_and_never_refuses():
-    plan = plan_of(SMALL, "ddp", "--gpu_memory_gb", 24)
-    assert plan.problems == []
-    assert "weights, gradients and AdamW alone (32 GiB) exceed 24 GB" in plan.notes
-
-
-def test_models_of_a_directory_and_models_out_of_reach(tmp_path):
-    tiny_model().save_pretrained(tmp_path)
-    here = dry_run(["--config", LORA, "--model_name_or_path", str(tmp_path)])
-    parameters = sum(p.numel() for p in tiny_model().parameters())
-    assert here.rows["parameters"].startswith(f"{parameters / 1e9:.2f} B")
-    elsewhere = dry_run(["--config", LORA, "--model_name_or_path", "somebody/model"])
-    assert "GPU memory" not in elsewhere.rows
-    assert any("size and context are unknown" in note for note in elsewhere.notes)
-
-
-def test_data_of_this_machine_are_checked(tmp_path):
-    def problems(rows, *arguments):
-        rows.to_json(tmp_path / "data/train.jsonl")
-        return dry_run(["--config", LORA, "--dataset_name", str(tmp_path / "data"), *arguments]).problems
-
-    (tmp_path / "data").mkdir()
-    assert problems(tiny_data(32)) == []
-    (few,) = problems(tiny_data(31))
-    assert "31 rows and a rollout takes 32 prompts: add data" in few
-    (unnamed,) = problems(tiny_data(32).rename_column("prompt", "question"))
-    assert "no column 'prompt'; it has ['question', 'solution']" in unnamed
-    (zero,) = problems(tiny_data(32), "--max_steps", "0")
-    assert "max_steps=0 makes no update" in zero
-
-
-def test_a_config_for_many_processes_is_the_one_made_there():
-    there = plan_of(SMALL, None, "--num_processes", 8).config
-    here = plan_of(SMALL, None, "--per_device_train_batch_size", 16).config
-    assert there.world_size == 8
-    assert there.steps_per_generation == here.steps_per_generation == 32
-    assert there.updates_per_rollout == here.updates_per_rollout == 2
-
-
-def test_the_script_prints_the_plan_and_its_exit_status_says_whether_it_can_work(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--dry_run", "--config", SMALL, *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(ROOT / "scripts/train.py"), run_name="__main__")
-        return stopped.value.code
-
-    assert run("--num_processes", "8") == 0
-    assert "64 prompts x 8 responses = 512" in capsys.readouterr().out
-    assert run("--num_processes", "8", "--vllm_tensor_parallel_size", "3") == 1
-    assert "problem: vllm_tensor_parallel_size=3 does not divide" in capsys.readouterr().out
-    assert "train.py: cppo_w_min must be" in run("--cppo_w_min", "2")
-
-
 def test_batch_script_starts_a_server_on_the_last_machine_and_trains_on_the_others(tmp_path):
     log = tmp_path / "log"
     stubs = {  # srun runs its command once for each task; the others write down how they were called
@@ -359,38 +224,15 @@ def test_batch_script_starts_a_server_on_the_last_machine_and_trains_on_the_othe
         assert line.endswith(f"--config {recipe} --vllm_server_host n3 --seed 1")
 
 
-NOTEBOOK = json.loads((ROOT / "configs/colab/cppo-gsm8k.ipynb").read_text())
-
-
-def test_notebook_is_valid_and_runs_on_a_tiny_model(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib").use("Agg")
-    assert (NOTEBOOK["nbformat"], NOTEBOOK["nbformat_minor"]) == (4, 5)
-    ids = [cell["id"] for cell in NOTEBOOK["cells"]]
-    assert len(set(ids)) == len(ids)
-    code = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code")
-    install, settings, *rest = code
-    assert install.startswith("%pip install")
-
-    import datasets
-
-    from cppo_trl.data import arithmetic
-
-    tiny_model(tie_word_embeddings=True).save_pretrained(tmp_path / "model")  # as Qwen3-0.6B
-    tokenizer = arithmetic.tokenizer()
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}="
-    tokenizer.save_pretrained(tmp_path / "model")
-    rows = {"question": ["3+5", "2+4"] * 4, "answer": ["eight\n#### 1,008", "six\n#### 6"] * 4}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict(rows))
-    monkeypatch.setattr(
-        "cppo_trl.rewards.accuracy_reward", lambda completions, **_: [len(str(c)) for c in completions]
-    )
-    monkeypatch.chdir(tmp_path)
-    names = {}
-    exec(compile(settings, "settings", "exec"), names)
-    names |= {"MODEL": str(tmp_path / "model"), "ROLLOUTS": 1, "COMPLETION_TOKENS": 8}
-    for cell in rest:
-        exec(compile(cell, "cell", "exec"), names)
-    assert names["data"][0]["solution"] == "1008"
-    assert names["config"].updates_per_rollout == 2
-    assert "cppo/masked" in names["trainer"].state.log_history[0]
+def test_recipes_are_listed_with_hardware_and_what_was_run_and_printed(capsys):
+    main(["recipes"])
+    listed = capsys.readouterr().out
+    for name, path in recipes.recipes().items():
+        assert f"\n  {name}\n" in listed
+        head = path.read_text().split("\n\n")[0]
+        assert "GPU" in head
+        if name.startswith("qwen"):
+            assert "Not run." in head
+        main(["recipes", name])
+        assert capsys.readouterr().out == path.read_text()
+    assert set(recipes.layouts()) == {"ddp", "fsdp2", "fsdp2-two-nodes", "zero2", "zero3", "train-with-server"}

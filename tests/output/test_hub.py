@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_trl.launch.training import parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
-from cppo_trl.output.run_files import command_line
-from tests.conftest import RECIPE, ROOT, launch, small_run, tiny_data
+from tests.conftest import RECIPE, ROOT, launch, small_run
+from tests.output.conftest import section
 from tests.output.hub_server import running_hub
 
 
@@ -22,10 +22,6 @@ from tests.output.hub_server import running_hub
 def hub():
     with running_hub() as server:
         yield server
-
-
-def section(card, title):
-    return card.text.split(f"### {title}\n")[1].split("\n### ")[0]
 
 
 def test_the_quickstart_uploads_model_card_curves_and_evaluation(hub, tmp_path):
@@ -94,33 +90,3 @@ def test_a_hub_out_of_reach_is_found_out_before_the_model_is_loaded(task):
     arguments = ["--config", RECIPE, *small_run(task), "--model_name_or_path", "no/such-model", "--push_to_hub"]
     with pytest.raises(RunError, match=r"push_to_hub: the repository 'out' cannot be created or found .Offline"):
         train(*parse_arguments(arguments))
-
-
-def test_hub_names_become_links_and_tokens_are_left_out(make_trainer, tmp_path):
-    data = tiny_data()
-    data.info.dataset_name = "org/data, word-problems"
-    trainer = make_trainer(data=data)
-    trainer.model.config._name_or_path = "org/base"
-    trainer.create_model_card(dataset_name="org/data")
-    card = ModelCard.load(tmp_path / "README.md")
-    assert (card.data.base_model, card.data.datasets) == ("org/base", "org/data")
-    assert "[org/base](https://huggingface.co/org/base)" in section(card, "Run")
-    assert "[org/data](https://huggingface.co/datasets/org/data), `word-problems`" in section(card, "Training data")
-    assert "a fine-tuned version of [org/base]" in card.text
-    words = command_line(["train.py", "--hub_token", "hf_a", "--push_to_hub_token=hf_b", "--seed", "1"])
-    assert words.endswith("train.py --hub_token *** --push_to_hub_token=*** --seed 1")
-
-
-def test_the_card_carries_the_license_of_the_base_model_where_it_is_known(make_trainer, tmp_path):
-    def license_with(base):
-        trainer = make_trainer(output_dir=str(tmp_path / "out"))
-        trainer.model.config._name_or_path = str(base)
-        trainer.save_model()
-        trainer.create_model_card()
-        return ModelCard.load(tmp_path / "out/README.md").data.license
-
-    (tmp_path / "base").mkdir()
-    assert license_with(tmp_path / "base") is None
-    (tmp_path / "base/README.md").write_text("---\nlicense: gemma\n---\n# A model\n")
-    assert license_with(tmp_path / "base") == "gemma"
-    assert license_with("org/base") is None  # no network here

@@ -7,7 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from cppo_trl import CPPOConfig
 from cppo_trl.seam.checks import (
+    MAX_MISMATCH_NATS,
+    EngineCheck,
     check_server,
     is_reference,
     keep_fp32_outputs,
@@ -56,7 +59,7 @@ def test_stale_weights_stop_the_run_at_the_first_sync_that_left_them(make_traine
     assert all(h.get("cppo/rollout_mismatch_nats", 0.0) < 1e-5 for h in trainer.state.log_history)
     monkeypatch.setattr(Engine, "skipped", ("lm_head.weight",))
     stale = make_trainer(**fields)
-    with pytest.raises(RuntimeError, match="leaves some stale"):
+    with pytest.raises(RuntimeError, match=r"After \d updates, .*Some weights were not updated by the sync"):
         stale.train()
     assert stale.state.global_step == first_stale
 
@@ -147,3 +150,10 @@ def test_which_pass_scores_the_reference():
         assert is_reference(adapted, adapted)
     adapted.set_adapter("ref")
     assert is_reference(adapted, adapted)
+
+
+def test_a_mismatch_of_just_the_limit_is_rounding(tmp_path):
+    check = EngineCheck(CPPOConfig(str(tmp_path), use_cpu=True, bf16=False), warns=False)
+    check(0, {"cppo/rollout_mismatch_nats": MAX_MISMATCH_NATS})
+    with pytest.raises(RuntimeError, match="After 3 updates"):
+        check(3, {"cppo/rollout_mismatch_nats": 1.01 * MAX_MISMATCH_NATS})

@@ -234,6 +234,13 @@ def test_where_trl_skips_the_rollout_pass_so_do_we(make_trainer):
     assert all(h["cppo/divergence/max"] == 0 for h in trainer.state.log_history if "loss" in h)
 
 
+@pytest.mark.parametrize("wanted", [{"k": 3}, {"ids": torch.zeros(1, 2, 3, dtype=torch.int32, device="meta")}])
+def test_what_is_read_off_stays_on_the_device_of_the_batch(wanted):
+    call = {"attention_mask": torch.ones(1, 5, device="meta"), "logits_to_keep": 2}
+    tap = policy_topk.HeadTap(call, **wanted)
+    assert (tap.ids.device.type, tap.logps.device.type) == ("meta", "meta")
+
+
 def test_likeliest_merges_tiles_of_the_vocabulary(monkeypatch):
     monkeypatch.setattr(policy_topk, "_VOCABULARY", 7)
     torch.manual_seed(0)
@@ -352,7 +359,7 @@ def test_a_changed_head_is_loud(make_trainer, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(policy_topk.host, "_ChunkedLogProbFunction", Moved)
-        with pytest.raises(RuntimeError, match="fused LM head of the installed TRL"):
+        with pytest.raises(RuntimeError, match=r"fused LM head .*Use cppo_divergence='binary_tv', or install trl"):
             make_trainer(cppo_divergence="topk_tv")
     trainer = make_trainer(cppo_divergence="topk_tv")
     monkeypatch.setattr(

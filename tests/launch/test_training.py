@@ -1,21 +1,20 @@
+"""A run from a recipe, with what it refuses and where it reports."""
+
 import copy
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict
+from pathlib import Path
 
-import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cppo_trl.evaluation.command import EvaluationArguments, evaluate_command
 from cppo_trl.launch.plan import dry_run
 from cppo_trl.launch.training import parse_arguments, train
-from tests.conftest import RECIPE, ROOT, flags, launch, small_run, tiny_data
+from tests.conftest import RECIPE, ROOT, launch, small_run, tiny_data
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -143,114 +142,15 @@ def test_a_script_ends_in_one_line(task):
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_ends_a_run_with_the_command_to_resume(task):
-    command = [sys.executable, ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task)]
-    command += ["--max_steps", "4000", "--save_strategy", "steps", "--save_steps", "4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-    while not list((task / "out").glob("checkpoint-*")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in printed
-    assert "train.py: interrupted. Repeat the command with --resume_from_checkpoint true" in printed
-
-
-def test_ctrl_c_saves_a_checkpoint_that_resumes(task):
-    fields = [*small_run(task), "--max_steps", "4000"]  # the recipe saves no checkpoints
-    command = [sys.executable, "-m", "cppo_trl", "train", "--config", "quickstart"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(
-        [*command, *fields], cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True, start_new_session=True
-    )
-    while not (task / "out/trust_region.jsonl").exists():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the reward's workers as well
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in printed
-    assert printed.strip().splitlines()[-1].startswith("cppo-trl: interrupted. Repeat the command with --resume_from")
-    (checkpoint,) = (task / "out").glob("checkpoint-*")
-    last = int(checkpoint.name.partition("-")[2]) + 2
-    resumed = launch("-m", "cppo_trl", "train", "--config", "quickstart", *fields, "--max_steps", last,
-                     "--resume_from_checkpoint", "true")  # fmt: skip
-    assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert f"Resuming from {checkpoint}" in resumed.stdout
-    assert json.loads((task / "out/trainer_state.json").read_text())["global_step"] == last
-
-
-def quickstart(directory, *options):
-    fields = {"config": RECIPE, "output_dir": directory / "run", "task_dir": directory / "task", "terms": 3}
-    fields |= {"max_steps": 32, "train_problems": 64, "test_problems": 8, "warm_start_steps": 5}
-    return [ROOT / "scripts/quickstart.py", *flags(fields), *options]
-
-
-def test_quickstart_end_to_end_keeps_an_earlier_run(tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / "precious.txt").write_text("an earlier run")
-    command = quickstart(tmp_path, "--cppo_delta", "0.04")
-    first = launch(*command)
-    assert first.returncode == 0, first.stderr[-3000:]
-    assert "holds an earlier run: it is kept as" in first.stdout
-    assert [p.name for p in tmp_path.glob("run-2*/*")] == ["precious.txt"]
-    for name in (
-        "model.safetensors",
-        "tokenizer.json",
-        "README.md",
-        "trainer_state.json",
-        "curves.png",
-        "results.json",
-    ):
-        assert (out / name).stat().st_size > 100
-    last_lines = first.stdout.strip().splitlines()[-6:]
-    assert last_lines[0].startswith("| ")
-    assert "\n".join(last_lines) in (out / "README.md").read_text()
-    results = json.loads((out / "results.json").read_text())
-    accuracy = {"greedy", "avg_at_16", "avg_at_16_stderr"}
-    assert results["before"].keys() == results["after"].keys() == results["without"]["after"].keys() == accuracy
-    assert results["rollouts"] == 2
-    # the two runs differ in the trust region alone
-    configs = [json.loads((tmp_path / name / "run.json").read_text())["config"] for name in ("run", "run-without")]
-    differing = {name for name in configs[0] if configs[0][name] != configs[1].get(name)}
-    assert [config["trust_region"] for config in configs] == ["cppo", "none"]
-    assert configs[0]["cppo_delta"] == 0.04
-    assert all(name.startswith("cppo_") for name in differing - {"trust_region", "output_dir"})
-    # the same seed gives the same numbers
-    second = launch(*command)
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert f"Warm start: found in {tmp_path / 'task'}" in second.stdout
-    again = json.loads((out / "results.json").read_text())
-    del results["train_seconds"], again["train_seconds"]
-    assert again == results
-
-
-@pytest.mark.parametrize(
-    ("victim", "message"),
-    [("first", "interrupted. Both runs are stopped."), ("second", "The run without a trust region failed")],
-)
-def test_quickstart_stops_both_runs_with_one_line(tmp_path, victim, message):
-    command = [sys.executable, *map(str, quickstart(tmp_path, "--max_steps", "100000"))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # else ignored where pytest runs in the background
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        profile = tmp_path / "run/trust_region.jsonl"  # written once training has begun
-        while process.poll() is None and not profile.exists():
-            time.sleep(0.2)
-        (second,) = (p for p in psutil.Process(process.pid).children() if "train.py" in " ".join(p.cmdline()))
-        if victim == "first":
-            process.send_signal(signal.SIGINT)
-        else:
-            second.kill()
-        output, _ = process.communicate(timeout=120)
-    assert process.returncode == (130 if victim == "first" else 1)
-    assert "Traceback" not in output
-    assert output.strip().splitlines()[-1].startswith(f"quickstart.py: {message}")
-    assert not second.is_running()
+def test_a_run_reports_its_metrics_to_trackio(task):
+    pytest.importorskip("trackio")
+    fields = ["--report_to", "trackio", "--project", "cppo", "--run_name", "tiny", "--logging_steps", "1"]
+    environment = {"TRACKIO_DIR": str(task / "trackio")}
+    result = launch(ROOT / "scripts/train.py", "--config", RECIPE, *small_run(task), *fields, **environment)
+    assert result.returncode == 0, result.stderr[-3000:]
+    metric = ["--project", "cppo", "--run", "tiny", "--metric", "train/cppo/divergence/mean", "--json"]
+    command = [Path(sys.executable).with_name("trackio"), "get", "metric", *metric]
+    printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    reported = {row["step"]: row["value"] for row in json.loads(printed)["values"]}
+    history = json.loads((task / "out/trainer_state.json").read_text())["log_history"]
+    assert reported == {row["step"]: row["cppo/divergence/mean"] for row in history if "loss" in row}

@@ -78,7 +78,7 @@ def command(tmp_path, base, *more):
         "logging_steps": 2,
         "log_tokens_steps": 2,
         "learning_rate": 0.05,
-        "reward_funcs": "tests.launch.test_quickstart_llm.letters",
+        "reward_funcs": "tests.scripts.test_quickstart_llm.letters",
         "use_cpu": True,
     }
     return [ROOT / "scripts/quickstart_llm.py", *flags(fields), *more]
@@ -148,7 +148,7 @@ def test_the_recipe_works_and_has_the_paper_s_trust_region():
 @pytest.mark.timeout(1800)
 def test_the_real_model_goes_through_every_stage(tmp_path):
     less = {"warm_start_steps": 2, "comparison_rollouts": 1, "max_steps": 4, "num_generations": 4}
-    rewards = ["--reward_funcs", "tests.launch.test_quickstart_llm.letters", "--gsm8k_problems", "0"]
+    rewards = ["--reward_funcs", "tests.scripts.test_quickstart_llm.letters", "--gsm8k_problems", "0"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     run = launch(*command(tmp_path, "HuggingFaceTB/SmolLM2-135M-Instruct", *flags(less), *rewards), PYTHONPATH=path)
     assert run.returncode == 0, run.stderr
