@@ -26,8 +26,7 @@ class Sampling:
         samples: completions per problem, n.
         temperature: sampling temperature; 0 decodes greedily, with a single sample.
         top_p: nucleus sampling mass.
-        max_new_tokens: longest completion in tokens. Not stated in the paper; 8192 is the training limit of its dense
-            models.
+        max_new_tokens: longest completion in tokens; 8192 is the training limit of the paper's dense models.
         seed: random seed of the samples.
 
     Raises:

@@ -53,8 +53,8 @@ class CPPOScriptArguments(ScriptArguments):
     Args:
         asynchronous: train with `AsyncCPPOTrainer`; `AsyncCPPOConfig` then takes the place of `CPPOConfig`.
         reward_funcs: dotted import paths of reward functions in TRL's signature.
-        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``cppo-trl evaluate``. TRL's
-            ``eval_strategy`` is independent of it: it needs a split of the dataset, and samples as the rollouts do.
+        eval_benchmarks: benchmarks or files to evaluate on during training, as for ``cppo-trl evaluate``; independent
+            of TRL's ``eval_strategy``.
         eval_every: updates between two such evaluations.
         eval_samples: answers to each problem.
         eval_temperature: temperature of these answers.
