@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from cppo_trl.trust_region import cppo_mask, dppo_mask, position_weights
 
 DELTA, DELTA_B, W_MIN, TOKENS = 0.15, 0.02, 0.8, 160
-BLUE, ORANGE, RED, GREY = "#2a6f97", "#e09f3e", "#c1121f", "#8d99ae"
+BLUE, ORANGE, RED, GRAY = "#2a6f97", "#e09f3e", "#c1121f", "#8d99ae"
 
 
 def response() -> torch.Tensor:
@@ -46,7 +46,7 @@ def main() -> None:
         top.vlines(position[tokens], 0, divergence[tokens], color=color, linewidth=2, label=label)
     top.plot(position, threshold, color="black", linestyle=":", linewidth=1.2, label="CPPO's threshold $δ / w_t$")
     top.plot(position, limit, color="black", linewidth=1.5, label="CPPO's limit, with the budget")
-    top.axhline(DELTA, color=GREY, linestyle="--", linewidth=1, label="DPPO's limit $δ$")
+    top.axhline(DELTA, color=GRAY, linestyle="--", linewidth=1, label="DPPO's limit $δ$")
     top.set(
         ylabel="$D_t$",
         ylim=(0, 0.3),
@@ -54,7 +54,7 @@ def main() -> None:
     )
     top.legend(fontsize="small", loc="upper left", ncols=2)
     bottom.plot(position, spent / weight_sum, color="black", label="$S_t / W_t$, average over the prefix")
-    bottom.axhline(DELTA_B, color=GREY, linestyle="--", linewidth=1, label="$δ_b$, its budget")
+    bottom.axhline(DELTA_B, color=GRAY, linestyle="--", linewidth=1, label="$δ_b$, its budget")
     bottom.set(xlabel="token of the response", ylabel="drift so far", ylim=(0, None))
     bottom.legend(fontsize="small", loc="lower right")
     path = Path("docs/figures/rule.png")

@@ -200,9 +200,9 @@ def draw(path: Path, logs: Sequence[Log], other: Sequence[Log], before: Accuracy
     """Draw the training reward of both runs."""
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     axes = figure.subplots()
-    for name, rows, colour in (("CPPO", logs, "C0"), ("no trust region", other, "C3")):
-        axes.plot(range(1, len(rows) + 1), [row["reward"] for row in rows], color=colour, label=name)
-    axes.axhline(before.avg_at_k, color="grey", linestyle="--", linewidth=1, label="warm start")
+    for name, rows, shade in (("CPPO", logs, "C0"), ("no trust region", other, "C3")):
+        axes.plot(range(1, len(rows) + 1), [row["reward"] for row in rows], color=shade, label=name)
+    axes.axhline(before.avg_at_k, color="gray", linestyle="--", linewidth=1, label="warm start")
     axes.set(xlabel="rollout", ylabel="share of right answers (training reward)", ylim=(0, 1))
     axes.legend()
     axes.grid(alpha=0.3)

@@ -12,7 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from huggingface_hub import HfApi, snapshot_download
 from tqdm.auto import tqdm
 
-from cppo_trl.data.catalogue import CONVERSIONS, SOURCES
+from cppo_trl.data.catalog import CONVERSIONS, SOURCES
 from cppo_trl.data.templates import Messages, template_named
 from cppo_trl.rewards.audit import FORMATS
 from cppo_trl.rewards.math import completion_text

@@ -301,7 +301,7 @@ def draw(path: Path, differences: Differences, tv: float) -> None:
         if known:
             x, y, half = zip(*known, strict=True)
             axes.errorbar(x, y, half, marker="o", linestyle="", capsize=3, label=label)
-    axes.axhline(0, color="grey", linewidth=1)
+    axes.axhline(0, color="gray", linewidth=1)
     axes.set(xlabel="length T", ylabel=f"gain in J minus DPPO's, at TV {tv:g}", xticks=LENGTHS)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower left")

@@ -204,7 +204,7 @@ def draw(rows: Rows, path: Path) -> None:
                     x, y, marker="o", markersize=3, label=LABELS.get(rule, rule), color=colors.get(rule)
                 )
                 axes.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.15, linewidth=0)
-        axes.axhline(0, color="grey", linewidth=0.8)
+        axes.axhline(0, color="gray", linewidth=0.8)
         axes.set_title(f"{setting} ({len(units)} units)", fontsize=9)
         axes.set(xlabel="drift, √KL(μ‖π)", ylabel="gain in J")
         axes.grid(alpha=0.3)

@@ -172,17 +172,17 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     rewards, shares = figure.subplots(1, 2)
-    for rule, colour in zip(RULES, ("C0", "C1", "C3"), strict=True):
+    for rule, shade in zip(RULES, ("C0", "C1", "C3"), strict=True):
         runs = [row for row in rows if row["rule"] == rule]
         smooth = [[sum(run["rewards"][i : i + 5]) / 5 for i in range(len(run["rewards"]) - 4)] for run in runs]
         for curve in smooth:
-            rewards.plot(range(5, len(curve) + 5), curve, color=colour, alpha=0.3, linewidth=1)
+            rewards.plot(range(5, len(curve) + 5), curve, color=shade, alpha=0.3, linewidth=1)
         mean = [sum(values) / len(values) for values in zip(*smooth, strict=True)]
-        rewards.plot(range(5, len(mean) + 5), mean, color=colour, linewidth=2, label=rule)
+        rewards.plot(range(5, len(mean) + 5), mean, color=shade, linewidth=2, label=rule)
         masked = {k: [run["means"].get(f"cppo/staleness_{k}/masked") for run in runs] for k in range(1, 9)}
         known = {k: [value for value in values if value is not None] for k, values in masked.items()}
         shares.plot(
-            list(known), [100 * sum(values) / len(values) for values in known.values()], "o-", color=colour, label=rule
+            list(known), [100 * sum(values) / len(values) for values in known.values()], "o-", color=shade, label=rule
         )
     rewards.set(xlabel="update", ylabel="reward (mean of 5 updates)", ylim=(0, 1))
     shares.set(xlabel="updates between sampling and use", ylabel="% of tokens masked")

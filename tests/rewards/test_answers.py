@@ -1,4 +1,4 @@
-"""The table of hand-written cases, the labelled GSM8K answers, and the edges of extraction."""
+"""The table of hand-written cases, the labeled GSM8K answers, and the edges of extraction."""
 
 import json
 from collections import Counter
@@ -50,7 +50,7 @@ def test_right_cases_survive_a_trip_through_an_answer_line():
 
 @pytest.mark.skipif(not GSM8K.exists(), reason="the GSM8K data is not beside the project")
 @pytest.mark.parametrize("form", [r"\boxed{%s}", "Answer: %s"])
-def test_labelled_gsm8k_answers(form):
+def test_labeled_gsm8k_answers(form):
     completions, golds, labels = [], [], []
     for line in (GSM8K / "example_model_solutions.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)

@@ -62,7 +62,7 @@ CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "failure_rate": lambda solve_rate: None if solve_rate is None else 1 - solve_rate,
     "without_leading_zeros": lambda answer: str(answer).lstrip("0") or "0",
 }
-"""Functions applied to a column's values, by the name that the catalogue gives."""
+"""Functions applied to a column's values, by the name that the catalog gives."""
 
 SOURCES: dict[str, Source] = {
     name: Source(**entry) for name, entry in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text()).items()
