@@ -71,7 +71,7 @@ def loss_record(
         advantages: ``(B, 1)`` or ``(B, T)``.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the responses' tokens.
-        verdict: the rule's.
+        verdict: verdict of the rule.
         topk_mass: ``(B, T)`` rollout probability of the tokens that a Top-K estimator lists, or None.
         weights_unmoved: whether the policy still has the weights that the responses were sampled with.
 
@@ -215,7 +215,7 @@ def summarize(
     A scalar with nothing to average over is left out.
 
     Args:
-        total: as from `total_over_processes`.
+        total: result of `total_over_processes`.
         bound: Theorem 1 for a budget, a length T and a largest absolute reward ξ, as `CPPOConfig.theorem_bound`; None
             to leave the theorem out. ξ is the largest absolute advantage: the surrogate's reward is Â.
     """
@@ -258,7 +258,7 @@ def position_profile(total: list[float]) -> dict[str, list[float]]:
     """Sums over the tokens of each twentieth of the responses, by relative position.
 
     Args:
-        total: as from `total_over_processes`.
+        total: result of `total_over_processes`.
 
     Returns:
         `POSITION_BINS` values each of ``tokens``, ``divergence`` (sum of D_t), ``active`` (tokens with non-zero

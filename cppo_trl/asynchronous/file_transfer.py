@@ -17,10 +17,10 @@ def load_on_server(server_url: str, weights: dict[str, Tensor], path: Path, time
     """Write weights to a file and have the server's `LoadFromFile` read them.
 
     Args:
-        server_url: of the server.
+        server_url: URL of the vLLM server.
         weights: by the model's names.
         path: file that the server can read.
-        timeout: of the request, in seconds.
+        timeout: time limit of the request, in seconds.
 
     Raises:
         requests.HTTPError: if the server refuses.
@@ -34,9 +34,9 @@ class FileTransfer:
     """A ``weight_transfer`` for `AsyncCPPOTrainer`. Each sync writes the whole model.
 
     Args:
-        server_url: as ``vllm_server_base_url``.
+        server_url: URL of the vLLM server, ``vllm_server_base_url``.
         path: file that the server can read.
-        timeout: of each request, in seconds.
+        timeout: time limit of each request, in seconds.
     """
 
     def __init__(self, server_url: str, path: Path, timeout: float = 600.0) -> None:

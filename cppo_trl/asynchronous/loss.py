@@ -23,7 +23,7 @@ class PackedLoss:
 
     Args:
         inputs: TRL's batch for this process, one packed row.
-        config: the trainer's.
+        config: the trainer's configuration.
         step: updates made so far.
 
     Attributes:
@@ -79,7 +79,7 @@ class PackedLoss:
         Args:
             loss: TRL's, scalar.
             tokens: what TRL divides the sum over the tokens by.
-            aux_coefficient: of the auxiliary loss of a mixture of experts, 0 without one.
+            aux_coefficient: coefficient of the auxiliary loss of a mixture of experts, 0 without one.
 
         Returns:
             The loss, and |difference| relative to the sum of the absolute terms; above `TOLERANCE` TRL computes

@@ -25,7 +25,7 @@ class StampedQueue:
         queue: filled by the rollout worker.
         updates_at: the number of updates made when a version of the weights was published.
         too_old: whether TRL will drop a sample of a version.
-        metrics: the trainer's, by name.
+        metrics: the trainer's metrics, by name.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ def problems(count: int, terms: int, seed: int, exclude: set[str] | None = None)
     Args:
         count: number of problems.
         terms: digits in each sum.
-        seed: of the random generator.
+        seed: seed of the random generator.
         exclude: prompts that must not occur, such as those of another split.
 
     Returns:
@@ -131,7 +131,7 @@ def warm_start(
         terms: digits in each sum.
         error_rate: as in `demonstrations`.
         forgotten_carry: as in `demonstrations`.
-        seed: of data, weights and data order.
+        seed: seed of data, weights and data order.
         exclude: prompts that must not be seen.
         steps: optimizer steps of 64 demonstrations each.
         hidden: width of the model.

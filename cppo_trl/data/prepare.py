@@ -27,7 +27,7 @@ class PrepareArguments:
         test_sources: for a test split, not trained on; also gsm8k-test, math-500, aime24, aime25 and aime26.
         decontaminate: sources whose problems are removed from the train split, or none.
         template: prompt template: dapo, boxed, thinking or plain.
-        columns: of local files: prompt=question id=uid ...
+        columns: columns of local files: prompt=question id=uid ...
         max_prompt_tokens: longest prompt in tokens of ``tokenizer``.
         tokenizer: path or Hub name, for ``max_prompt_tokens``.
 

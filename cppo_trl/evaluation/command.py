@@ -37,7 +37,7 @@ class EvaluationArguments(Sampling):
         template: prompt template; null: boxed, but none for files.
         chat_template_kwargs: JSON, for the chat template.
         backend: ``vllm``, ``transformers``, or ``auto``: vllm if installed.
-        dtype: of the weights: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as stored.
+        dtype: type of the weights: ``float32``, ``bfloat16``, ``float16``, or ``auto``: as stored.
         batch_size: completions at a time; null: 16, or 512 with vllm.
         vllm_kwargs: JSON, arguments of vllm.LLM.
         compare: only print a table of these directories.

@@ -82,9 +82,9 @@ def answer_help(
 
     Args:
         prog: the command.
-        types: its dataclasses.
+        types: dataclasses of its fields.
         arguments: its command line.
-        flags: of the command besides the fields.
+        flags: flags of the command besides the fields.
     """
     if not {"-h", "--help", "--help_all"} & set(arguments):
         return

@@ -99,7 +99,7 @@ def parse_arguments(
 
     Args:
         args: the command line; None for this process's own.
-        attributes: of the configuration's class, in place of its own.
+        attributes: class attributes that replace those of the configuration.
 
     Raises:
         ValueError: as `cppo_trl.launch.parsing.parse`, or for what an asynchronous run cannot do.

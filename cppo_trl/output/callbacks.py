@@ -19,14 +19,14 @@ class WriteRun(TrainerCallback):
         self.held = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Write ``run.json`` and lock the directory."""
         if state.is_world_process_zero:
             self.held.enter_context(exclusive(Path(args.output_dir)))
             dataset = ", ".join(dataset_names(kwargs["train_dataloader"].dataset)) or "not named"
             write_run(Path(args.output_dir), model.config._name_or_path, dataset, args.schedule(), args.to_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Unlock the directory."""
         self.held.close()
 
 
@@ -62,7 +62,7 @@ class SaveOnInterrupt(TrainerCallback):
         self.interrupted = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Listen for Ctrl-C."""
         if args.world_size == 1:
             signal.signal(signal.SIGINT, self._interrupt)
 
@@ -71,12 +71,12 @@ class SaveOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Stop after this update if Ctrl-C was pressed."""
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Restore the handler; raise KeyboardInterrupt if Ctrl-C was pressed."""
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.interrupted:
             raise KeyboardInterrupt

@@ -117,7 +117,7 @@ class ExactResume(TrainerCallback):
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, train_dataloader: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
+        """Stop if no update is left; else bring the sampler to its epoch."""
         if 0 < args.max_steps <= state.global_step:
             raise TrainingFinished(f"All {args.max_steps} updates are made: there is nothing left to train.")
         sampler = train_dataloader.batch_sampler

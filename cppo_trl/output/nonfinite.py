@@ -15,7 +15,7 @@ def stop_or_warn(mode: str, output_dir: str, update: int) -> None:
 
     Args:
         mode: ``"train"``, where the run stops before the update is made, or ``"eval"``, where it goes on.
-        output_dir: of the run.
+        output_dir: output directory of the run.
         update: the update's number, counted from 1.
 
     Raises:

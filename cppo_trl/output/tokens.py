@@ -32,7 +32,7 @@ def token_records(
         advantages: ``(B, 1)`` or ``(B, T)``.
         log_ratio: ``(B, T)`` log ρ_t.
         mask: ``(B, T)``, 1 on the responses' tokens.
-        verdict: the rule's.
+        verdict: verdict of the rule.
         decode: texts of lists of token ids, as a tokenizer's ``batch_decode``.
 
     Returns:

@@ -42,7 +42,7 @@ class GuardedOutput(Trainer):
         Args:
             mode: ``"train"`` or ``"eval"``.
             scalars: by name.
-            record: as from `cppo_trl.metrics.total_over_processes`.
+            record: result of `cppo_trl.metrics.total_over_processes`.
         """
         update = self.state.global_step + 1
         for name, scalar in scalars.items():

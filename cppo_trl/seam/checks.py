@@ -65,7 +65,7 @@ def is_reference(model: torch.nn.Module, trained: torch.nn.Module) -> bool:
     """Whether a pass over a rollout scores the reference policy: another model, or the model without its adapter.
 
     Args:
-        model: of the pass, unwrapped.
+        model: model of the pass, unwrapped.
         trained: the model that is trained, unwrapped.
     """
     if not isinstance(trained, PeftModel):
@@ -103,7 +103,7 @@ class EngineCheck:
     the engine has other weights, which nothing else would show.
 
     Args:
-        config: the trainer's.
+        config: the trainer's configuration.
         warns: whether this process is the one that warns.
     """
 
@@ -117,7 +117,7 @@ class EngineCheck:
 
         Args:
             step: updates made so far.
-            metrics: as from `cppo_trl.metrics.summarize`, the same on all processes.
+            metrics: result of `cppo_trl.metrics.summarize`, the same on all processes.
 
         Raises:
             RuntimeError: if the difference cannot be rounding.

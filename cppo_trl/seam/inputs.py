@@ -19,7 +19,7 @@ def check_arguments(config: CPPOConfig, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments of the trainer that do not go with its configuration, before a model is loaded.
 
     Args:
-        config: the trainer's.
+        config: the trainer's configuration.
         arguments: the others, by `GRPOTrainer`'s names.
 
     Raises:
@@ -59,7 +59,7 @@ def require_rows(dataset: Any, config: Any) -> None:
 
     Args:
         dataset: the training data, a row per prompt.
-        config: the trainer's.
+        config: the trainer's configuration.
 
     Raises:
         ValueError: if there are fewer rows than prompts in a rollout, or the updates or epochs are zero.
@@ -86,7 +86,7 @@ def missing_packages(config: Any, sharding: str = "none") -> list[str]:
 
     Args:
         config: the run's, synchronous or not.
-        sharding: as `cppo_trl.launch.plan.Layout` has it.
+        sharding: a sharding strategy, as in `cppo_trl.launch.plan.Layout`.
     """
     trackers = set(config.report_to) - set(get_available_reporting_integrations())
     switch = "use_vllm" if isinstance(config, CPPOConfig) else "asynchronous"

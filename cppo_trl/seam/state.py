@@ -20,7 +20,7 @@ class Rollout:
     """A rollout while TRL generates and scores it; what the updates need of it goes into TRL's batch.
 
     Args:
-        config: the trainer's.
+        config: the trainer's configuration.
         step: updates made so far.
         process: index of this process.
     """
@@ -74,9 +74,9 @@ def skip_zero_std_prompts(
 
     Args:
         batch: a rollout of TRL's, changed in place.
-        accelerator: the trainer's.
+        accelerator: the trainer's accelerator.
         num_generations: responses to each prompt.
-        loss_type: the trainer's; what divides by the number of responses is made up for in the advantages.
+        loss_type: the trainer's; advantages are scaled up for one that divides by the number of responses.
     """
     gather, own = accelerator.gather, batch["advantages"]
     groups = gather(own).view(-1, num_generations)
@@ -93,7 +93,7 @@ class Loss:
 
     Args:
         inputs: TRL's batch; it is copied, as the anchor is rewritten.
-        config: the trainer's.
+        config: the trainer's configuration.
 
     Attributes:
         batch: the batch for TRL's loss.
@@ -178,7 +178,7 @@ class Loss:
         """What the rule did, as from `metrics.loss_record`.
 
         Args:
-            value: of the loss.
+            value: value of the loss.
             step: updates made so far.
         """
         unmoved = bool(self.batch.get("sampled_at") == step)  # on the host
