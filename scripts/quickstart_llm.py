@@ -35,7 +35,7 @@ from cppo_trl.launch.command import one_line_errors
 from cppo_trl.launch.training import CPPOScriptArguments, parse_arguments, train
 from cppo_trl.output.checkpoints import RunError
 from cppo_trl.output.run_files import PROFILES, command_line, read_lines, versions
-from cppo_trl.report.command import main as write_report
+from cppo_trl.report.command import main as report
 from cppo_trl.rules import import_object
 from cppo_trl.trust_region import moves_away
 from outcome import markdown, masked, rewards, rollouts_of
@@ -378,7 +378,7 @@ def main() -> None:
     if "### Evaluation" not in card.text:
         card.text += f"\n### Evaluation\n\n{table(before, after)}\n"
         card.save(output_dir / "README.md")
-    write_report([str(output_dir)])
+    report([str(output_dir)])
     print(f"\n{len(rollouts)} rollouts; {results['base_model']}\n\n{table(before, after)}")
 
 
