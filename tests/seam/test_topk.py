@@ -266,6 +266,13 @@ def test_logits_are_rounded_to_the_dtype_of_the_pass_as_those_of_trl_are(side):
     assert 1e-3 < rounding.max() < 3e-2
 
 
+def test_a_bias_of_the_head_is_rounded_like_the_rest():
+    hidden, weight, bias = torch.randn(4, 8).bfloat16(), torch.randn(9, 8), torch.randn(9)
+    logits = policy_topk.HeadTap.chosen(hidden, weight, bias, torch.tensor([[1, 2]] * 4))
+    best, _ = policy_topk.likeliest(hidden, weight, bias, 2)
+    assert logits.dtype == best.dtype == torch.bfloat16
+
+
 def test_storage_is_four_bytes_an_id_and_a_logprob(make_trainer):
     trainer = make_trainer(cppo_divergence="topk_tv", max_steps=1)
     trainer.train()
