@@ -195,6 +195,48 @@ def test_theorem_1_by_hand():
     assert not any("theorem" in name for name in scalars(record_of(*rows)))
 
 
+def test_theorem_1_equals_a_loop_over_rows():
+    divergence, advantages, log_ratio, mask = random_rows(64, 50, seed=3)
+    delta, delta_b, w_min = 0.08, 0.03, 0.5
+    held = tokens = whole = 0
+    for row, own in zip(divergence.double().tolist(), mask.bool().tolist(), strict=True):
+        values = [value for value, is_own in zip(row, own, strict=True) if is_own]
+        spent = budget = 0.0
+        kept = 0
+        for t, value in enumerate(values, 1):
+            weight = 1 - (1 - w_min) * (t - 1) / max(len(values) - 1, 1)
+            spent, budget = spent + weight * value, budget + weight * delta_b
+            kept += weight * value <= delta and (t == len(values) or spent <= budget)
+        held, tokens, whole = held + kept, tokens + len(values), whole + (0 < kept == len(values))
+    limits = {"delta": delta, "delta_b": delta_b, "w_min": w_min}
+    bound = partial(improvement_bound, delta=delta, w_min=w_min)
+    metrics = scalars(record_of(divergence, advantages, log_ratio, mask, **limits), bound=bound)
+    assert metrics["cppo/theorem/prefixes"] == pytest.approx(held / tokens)
+    assert metrics["cppo/theorem/responses"] == pytest.approx(whole / mask.bool().any(-1).sum().item())
+    assert 0.05 < held / tokens < 0.95
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_the_largest_advantage_is_that_of_a_response_s_own_tokens(each):
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0]])
+    advantages = torch.tensor([[0.25, -0.5, 9.0], [9.0, 9.0, 9.0]]) if each else torch.tensor([[-0.5], [9.0]])
+    zeros = torch.zeros(2, 3)
+    bound = partial(improvement_bound, delta=0.1, w_min=0.8)
+    assert scalars(record_of(zeros, advantages, zeros, mask), bound=bound)["cppo/theorem/range"] == 1.0
+
+
+def test_what_is_recorded_beside_leaves_the_rest_as_it_is():
+    rows = random_rows(16, 20, seed=4)
+    fields = {"shuffle_weights": False, "delta": 0.05, "w_min": 0.8, "delta_b": 0.01, "delta_b_quantile": None}
+    verdict = RULES["cppo"].judge(*rows, delta_b_max_multiple=2.0, **fields)
+    alone = scalars(loss_record(*rows, verdict))
+    more = scalars(loss_record(*rows, verdict, torch.full(rows[0].shape, 0.5), weights_unmoved=True))
+    assert {name: more[name] for name in alone} == alone
+    assert more.keys() - alone.keys() == {
+        f"cppo/{n}" for n in ("topk_mass", "rollout_mismatch", "rollout_mismatch_nats")
+    }
+
+
 def test_theorem_1_holds_at_its_limits():
     # exact in fp32: S_t = .25 t = delta_b W_t, with |A| below 1 and a token that is not the response's own
     divergence, mask = torch.tensor([[0.25, 0.25, 0.25, 9.0]]), torch.tensor([[1, 1, 1, 0]])
