@@ -9,12 +9,11 @@ from typing import Any
 
 from mpmath import mp, mpf
 
+from cppo_trl.rewards.words import WORDS
+
 Number = Any  # mpf, or mpc where it is not real
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi "
-    "varphi chi psi omega upsilon Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar".split()
-)
-ACCENTS = set("vec overrightarrow hat bar overline tilde angle triangle".split())
+GREEK = set(WORDS["greek"].split())
+ACCENTS = set(WORDS["accents"].split())
 FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(mp, name) for name in "sin cos tan cot sec csc sinh cosh tanh ln exp".split()},
     **{"arc" + name: getattr(mp, "a" + name) for name in ("sin", "cos", "tan")},

@@ -18,7 +18,8 @@ from mpmath import mp, mpf
 from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
 from cppo_trl.rewards.regions import EMPTY, REALS, Region, above, below, difference, intersection, point, union
 from cppo_trl.rewards.text import NUMBER, normalise, squash
-from cppo_trl.rewards.units import SCALES, Unit, known_unit, unit_of
+from cppo_trl.rewards.units import Unit, known_unit, unit_of
+from cppo_trl.rewards.words import WORDS
 
 POINTS = [(0.2, 3), (2, 9), (-3, -0.2), (-30, 30), (50, 500)]  # between which lie the numbers for symbols
 WHOLE_POINTS = 40  # whole numbers on top, for what is rounded
@@ -150,10 +151,7 @@ def _words(text: str) -> str:
     return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
 
 
-_NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_NUMERALS = WORDS["numerals"].split()
 
 
 def _known_words(text: str) -> Any:
@@ -463,8 +461,8 @@ def _scalar(text: str) -> Scalar:
     if _PROSE.search(value):
         raise UnreadableError
     first, _, rest = unit.partition(" ")
-    if first.lower() in SCALES:
-        value, unit = f"({value})*{SCALES[first.lower()]}", rest
+    if first.lower() in WORDS["scales"]:
+        value, unit = f"({value})*{WORDS['scales'][first.lower()]}", rest
     elif first.lower() in ("squared", "cubed"):
         value, unit = f"({value})^{2 if first[0] in 'sS' else 3}", rest
     cut = bool(DECIMAL.fullmatch(value)) and r"\ldots" in value

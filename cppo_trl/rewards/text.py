@@ -7,35 +7,13 @@ import re
 from collections.abc import Callable
 
 from cppo_trl.rewards.expressions import FUNCTIONS
-from cppo_trl.rewards.units import SCALES, UNIT_LETTERS
+from cppo_trl.rewards.units import known_unit
+from cppo_trl.rewards.words import WORDS
 
 NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_SYMBOLS = str.maketrans(
-    {
-        "–": "-", "—": "-", "−": "-", "‑": "-", "﹣": "-", "，": ",", "．": ".", "：": ":", "％": "%", "＝": "=",
-        "（": "(", "）": ")", "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
-        "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ",
-        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-        "⅔": r"\frac{2}{3}", "°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ",
-        "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "⁄": "/", "≈": r"\approx ", "θ": r"\theta ",
-        "…": r"\ldots ", "′": "'", "’": "'", '"': " ", "“": " ", "”": " ", "；": ";", "、": ",", "∠": r"\angle ",
-    }
-)  # fmt: skip
-_COMMANDS = {
-    alias: command
-    for command, aliases in {
-        r"\leq ": "le leqslant leqq", r"\geq ": "ge geqslant geqq", r"\neq ": "ne", "<": "lt", ">": "gt",
-        r"\emptyset ": "varnothing", r"\{": "lbrace", r"\}": "rbrace", "(": "langle lparen", ")": "rangle rparen",
-        "|": "mid vert lvert rvert", r"\ldots ": "dots cdots dotsc dotsb", " or ": "lor vee", " and ": "land wedge",
-        ":": "colon", r"^\circ ": "degree", r"\approx ": "simeq", r"\setminus ": "backslash smallsetminus",
-        r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "bullet", "*": "ast", "i": "imath",
-        "ℝ": "R reals Reals", " ": "quad qquad thinspace space", "": "left right displaystyle textstyle limits "
-        "big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr bf rm it sf tt bold normalsize nonumber",
-    }.items()
-    for alias in aliases.split()
-}  # fmt: skip
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "lb", "₹": "rupee", "¥": "yuan"}
-_CURRENCIES |= {"USD": "dollar", "EUR": "euro", "GBP": "lb", "Rs": "rupee"}
+_SPELLINGS = {alias: spelling for spelling, aliases in WORDS["spellings"].items() for alias in aliases.split()}
+_SIGNS = str.maketrans({alias: spelling for alias, spelling in _SPELLINGS.items() if not re.match("[a-zA-Z]", alias)})
+_UNIT_LETTERS = set("mgshLlNJWVAK")  # a unit only in a style or behind a space: 5 m
 _CURRENCY = r"\\?(\$|€|£|₹|¥|\b(?:USD|EUR|GBP|Rs)\b)\.?"
 _STYLE = re.compile(
     r"\\(?:text(?:bf|rm|it|normal|sf|tt)?|math(?:rm|bf|it|sf|cal|frak)|mbox|boldsymbol|bm|operatorname\*?|underline|emph|"
@@ -59,7 +37,7 @@ def _styled(match: re.Match[str]) -> str:
         return rf"\{words} "
     before = match.string[: match.start()].rstrip(" ~\\,")[-1:]
     if len(words) < 2 or re.match(r"[-+.\d(]", words) or re.search(r"[\\+=^_<>]", words):
-        return f' "{words}" ' if words in UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
+        return f' "{words}" ' if words in _UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
     return f' "{words}" '
 
 
@@ -83,13 +61,13 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?",
         lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"',
     ),
-    (r"\\([a-zA-Z]+)\s*", lambda m: _COMMANDS.get(m[1], m[0])),
+    (r"\\([a-zA-Z]+)\s*", lambda m: _SPELLINGS.get(m[1], m[0])),
     (r"(?<!\\)\\(\d)", r"\1"),
     (
-        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(SCALES)})\b)?",
-        lambda m: f'{m[2]}{m[3] or ""} "{_CURRENCIES[m[1]]}"',
+        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(WORDS['scales'])})\b)?",
+        lambda m: f'{m[2]}{m[3] or ""} "{known_unit(m[1])}"',
     ),
-    (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{_CURRENCIES[m[2]]}"'),
+    (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{known_unit(m[2])}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
     (r"\*\*", "^"),
     (r"<=|=<", r"\\leq "),
@@ -112,7 +90,7 @@ _BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infi
 
 def normalise(text: str) -> str:
     """Return a text in one spelling: separators of thousands, styles, currencies and synonyms of commands resolved."""
-    text = _out_of_prose(" ".join(text.translate(_SYMBOLS).split()).strip("*_ "))
+    text = _out_of_prose(" ".join(text.translate(_SIGNS).split()).strip("*_ "))
     while (styled := _STYLE.sub(_styled, text)) != text:
         text = styled
     for pattern, replacement in _RULES:
