@@ -20,6 +20,7 @@ _METRICS = {  # shares of the batch
     "reward/timeout": ("timeout",),
     "reward/error": ("crash", "error"),
 }
+_THOUGHT_AND_ANSWER = re.compile(r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)+", re.DOTALL)
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
 
@@ -49,13 +50,10 @@ def compare_answers(
     Raises:
         RuntimeError: If no worker process can be started.
     """
-    outcomes = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
-    places = [place for place, outcome in enumerate(outcomes) if outcome is None]
-    if places:
-        pairs = [(golds[place] or "", answers[place] or "") for place in places]
-        for place, outcome in zip(places, shared_checker().check(pairs, time_limit), strict=True):
-            outcomes[place] = outcome
-    return [outcome for outcome in outcomes if outcome]
+    plain = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    pairs = [(gold or "", answer or "") for gold, answer, done in zip(golds, answers, plain, strict=True) if not done]
+    checked = iter(shared_checker().check(pairs, time_limit) if pairs else ())
+    return [outcome or next(checked) for outcome in plain]
 
 
 class AccuracyReward:
@@ -166,15 +164,7 @@ accuracy_reward_async = AsyncAccuracyReward()
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
-    texts = [completion_text(completion).strip() for completion in completions]
-    return [
-        float(
-            text.startswith("<think>")
-            and text.count("<think>") == text.count("</think>") == 1
-            and not text.endswith("</think>")
-        )
-        for text in texts
-    ]
+    return [float(bool(_THOUGHT_AND_ANSWER.fullmatch(completion_text(text).strip()))) for text in completions]
 
 
 def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:
