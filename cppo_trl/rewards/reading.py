@@ -8,7 +8,7 @@ tasks that are not carried out (integrals, sums, limits): repeating the question
 import contextlib
 import re
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, reduce
+from functools import cache, lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
-from cppo_trl.rewards.regions import EMPTY, REALS, Region, above, below, difference, intersection, point, union
+from cppo_trl.rewards.regions import EMPTY, REALS, Region, combined, solutions
 from cppo_trl.rewards.text import NUMBER, normalise, squash
 from cppo_trl.rewards.units import Unit, known_unit, unit_of
 from cppo_trl.rewards.words import WORDS
@@ -97,8 +97,8 @@ def read(text: str) -> tuple[Any, str]:
         UndefinedError: If it has no value, as ``1/0`` and ``2 + 2 = 5``.
     """
     text = normalise(text)
-    _depths(text)  # the brackets match
-    if not re.search(r"\w|\\infty", text) and not _known_words(text):
+    _outside(text)  # the brackets match
+    if not re.search(r"\w", text):
         raise UnreadableError
     return _statements(text), squash(text)
 
@@ -107,33 +107,25 @@ _PARTS = re.compile(r'"[^"]*"|\\begin\{[a-z]*\*?\}|\\end\{[a-z]*\*?\}|\\[a-zA-Z]
 _BRACKETS = {**dict.fromkeys(["(", "[", "{", r"\{", r"\beg"], 1), **dict.fromkeys([")", "]", "}", r"\}", r"\end"], -1)}
 
 
-def _depths(text: str) -> list[tuple[str, int]]:
-    """Return the parts of a text, each with the depth of the brackets around what follows; raises UnreadableError."""
-    parts, depth = [], 0
+def _outside(text: str) -> str:
+    """Return a text with what is inside brackets blotted out; raises UnreadableError if they do not match."""
+    outside, depth = "", 0
     for part in _PARTS.findall(text):
-        depth += _BRACKETS.get(part[:4], 0)
+        before, depth = depth, depth + _BRACKETS.get(part[:4], 0)
         if not 0 <= depth <= MAX_DEPTH:
             raise UnreadableError
-        parts.append((part, depth))
+        outside += "\0" * len(part) if before and depth else part
     if depth:
         raise UnreadableError
-    return parts
+    return outside
 
 
 def _split(text: str, separators: str) -> tuple[list[str], list[str]]:
     """Split at separators outside all brackets; returns the pieces and the separators between them."""
-    if not re.search(separators, text):
-        return [text.strip()], []
-    outside, depth = "", 0  # the text with what is inside brackets blotted out
-    for part, after in _depths(text):
-        outside += part if depth == after == 0 else "\0" * len(part)
-        depth = after
-    pieces, signs, at = [], [], 0
-    for match in re.finditer(separators, outside):
-        pieces.append(text[at : match.start()].strip())
-        signs.append(match[0].strip())
-        at = match.end()
-    return [*pieces, text[at:].strip()], signs
+    signs = list(re.finditer(separators, _outside(text))) if re.search(separators, text) else []
+    starts, ends = [0, *(sign.end() for sign in signs)], [*(sign.start() for sign in signs), len(text)]
+    pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    return pieces, [sign[0].strip() for sign in signs]
 
 
 def _statements(text: str) -> Any:
@@ -159,7 +151,7 @@ def _known_words(text: str) -> Any:
     plain = text.replace('"', "").strip(" .()").lower()
     if plain in _NUMERALS:
         return Scalar(str(_NUMERALS.index(plain)))
-    if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset|\\\{\s*\\\}", plain):
+    if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset", plain):
         return EMPTY
     return REALS if re.fullmatch(r"ℝ|(?:the )?(?:set of )?(?:all )?reals?(?: numbers)?", plain) else None
 
@@ -174,9 +166,9 @@ def _together(values: list[Any], separators: set[str]) -> Any:
     regions = [item for item in items if isinstance(item, Region) and item.name]
     if len(regions) == len(items) and len({region.name for region in regions}) == 1:
         if separators == {"or"}:
-            return reduce(union, regions)
-        if separators == {"and"} or all(region.inside == (True, False, True) for region in regions):
-            return _not_empty(reduce(intersection, regions))
+            return combined(regions, any)
+        if separators == {"and"} or all(region.cells() == [False, True, True] for region in regions):  # x != 1, x != 2
+            return _not_empty(combined(regions, all))
     names = {item.name if isinstance(item, Named) else isinstance(item, Scalar) or None for item in items}
     if isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
         items = [item.value if isinstance(item, Named) else item for item in items]
@@ -188,7 +180,7 @@ def _is_list(value: Any) -> bool:
 
 
 _TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
-_LESS = {">": "<", r"\geq": r"\leq"}
+_MIRRORED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 _IN_BARS = re.compile(r"\|\s*([^|]+)\|\s*(<|>|\\leq|\\geq)(.+)")
 
 
@@ -201,8 +193,8 @@ def _statement(text: str) -> Any:
         return _together([_statement(one) for one in both], {","})
     if (bars := _IN_BARS.fullmatch(text)) and _name(bars[1].strip()):  # |x| < 3
         name, sign, bound = bars.groups()
-        if sign in _LESS:
-            return _statements(f"{name} {_LESS[sign]} -({bound}) or {name} {sign} {bound}")
+        if sign in (">", r"\geq"):
+            return _statements(f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}")
         return _statement(f"-({bound}) {sign} {name} {sign} {bound}")
     sides, signs = _split(text, r"<|>|=|\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])")
     if not signs:
@@ -250,27 +242,25 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
     bounds = [None if _name(side) else real(_item(side)) for side in sides]
     if None not in bounds:
         raise UndefinedError  # 0 < 1
-    unknown = bounds.index(None)
-    if bounds.count(None) == 1 and len(signs) < 3 and (name := _name(sides[unknown])):
-        region = replace(REALS, name=name)
-        for place, sign in enumerate(signs):
-            name_first = place == unknown
-            bound, closed = bounds[place + name_first], "eq" in sign
-            if sign == r"\neq":
-                part = difference(REALS, point(bound))
-            else:
-                part = (below if (sign in ("<", r"\leq")) == name_first else above)(bound, closed)
-            region = intersection(region, part)
-        return _not_empty(region)
+    solved = bounds.count(None) == 1 and (len(sides) == 2 or (len(sides) == 3 and bounds[1] is None))
+    if solved and (name := _name(sides[bounds.index(None)])):
+        parts = [replace(REALS, name=name)]
+        if bounds[0] is not None:
+            parts.append(solutions(_MIRRORED.get(signs[0], signs[0]), bounds[0]))
+        if bounds[-1] is not None:
+            parts.append(solutions(signs[-1], bounds[-1]))
+        return _not_empty(combined(parts, all))
     values = [_item(side) for side in sides]
     if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
         raise UnreadableError
-    left, right = values[::-1] if signs[0] in _LESS else values
-    return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left.text})-({right.text})"))
+    left, right = values
+    if signs[0] in (">", r"\geq"):
+        return Relation(_MIRRORED[signs[0]], Scalar(f"({right.text})-({left.text})"))
+    return Relation(signs[0], Scalar(f"({left.text})-({right.text})"))
 
 
 def _not_empty(region: Region) -> Region:
-    if True not in region.inside:
+    if not any(region.cells()):
         raise UndefinedError  # x < 1 and x > 2
     return region
 
@@ -323,7 +313,8 @@ def _name(text: str) -> str | None:
     return re.sub(r'[\s{}"]', "", text) if name and not product else None
 
 
-_SET_SIGNS = {r"\cup": union, r"\cap": intersection, r"\setminus": difference}
+_SET_SIGNS = {r"\cup": any, r"\cap": all, r"\setminus": lambda held: held == [True, False]}
+_END_SIGNS = {"(": ">", "[": r"\geq", ")": "<", "]": r"\leq"}
 
 
 def _item(text: str) -> Any:
@@ -335,14 +326,15 @@ def _item(text: str) -> Any:
         return _set_operation([_item(piece) for piece in pieces], signs)
     if r"\begin" in text:
         return _matrix(text)
-    parts = _depths(text)
-    if len(parts) > 1 and parts[0][0] in _BRACKETS and all(depth for _, depth in parts[:-1]):
-        value = _bracketed(parts[0][0], text[len(parts[0][0]) : -len(parts[-1][0])].strip(), parts[-1][0])
+    if brackets := _IN_BRACKETS.fullmatch(_outside(text)):
+        opening, closing = brackets.groups()
+        value = _bracketed(opening, text[len(opening) : -len(closing)].strip(), closing)
         if value is not None:
             return value
     return _words(text) if _WORDS.fullmatch(text) else _number(text)
 
 
+_IN_BRACKETS = re.compile(r"(\(|\[|\\?\{)\0*(\)|\]|\\?\})")
 _WORDS = re.compile(
     r"\d\w*_(?:\{\d+\}|\d+)"  # 101_2: a number in another base equals itself only
     r'|(?=[a-zA-Z"])(?:(?=.*")|[Nn]o$|(?=.*[a-zA-Z]{3})(?=.*[aeiouyAEIOUY]))[^\\^_=+*/<>|]*'
@@ -363,7 +355,7 @@ def _set_operation(values: list[Any], signs: list[str]) -> Any:
     regions = [region_of(value) for value in values]
     result = regions[0]
     for sign, region in zip(signs, regions[1:], strict=True):
-        result = result and region and _SET_SIGNS[sign](result, region)
+        result = result and region and combined([result, region], _SET_SIGNS[sign])
     if result is None and set(signs) != {r"\cup"}:
         raise UnreadableError
     return result or Many("{}", tuple(values))
@@ -376,10 +368,12 @@ def region_of(value: Any) -> Region | None:
     ends = [end for item in value.items if (end := real(item)) is not None]
     if not ends or len(ends) < len(value.items):
         return None
-    if value.kind == "{}":
-        return reduce(union, map(point, ends))
-    if value.kind in ("()", "[)", "(]", "[]") and len(ends) == 2 and ends[0] < ends[1]:
-        return intersection(above(ends[0], value.kind[0] == "["), below(ends[1], value.kind[1] == "]"))
+    if value.kind == "{}" and all(map(mp.isfinite, ends)):
+        return combined([solutions("=", end) for end in ends], any)
+    if set(value.kind) <= set(_END_SIGNS) and len(ends) == 2 and ends[0] < ends[1]:
+        return combined(
+            [solutions(_END_SIGNS[end], number) for end, number in zip(value.kind, ends, strict=True)], all
+        )
     return None
 
 

@@ -69,6 +69,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     ),
     (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{known_unit(m[2])}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
     (r"\*\*", "^"),
     (r"<=|=<", r"\\leq "),
     (r">=", r"\\geq "),
