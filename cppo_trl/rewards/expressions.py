@@ -3,6 +3,7 @@ r"""The value of a scalar expression in LaTeX, to any number of digits.
 Nothing here runs for long: values and factorials have bounds, and past them an expression is undefined.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,7 @@ _CONSTANTS = {r"\pi": mp.pi, "e": mp.e, "i": mp.mpc(0, 1), INFINITY: mp.inf}
 _HEADS = {"frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK, *ACCENTS}
 _TOKEN = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|\\.|\S")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+_NO_ARGUMENT = {"(", "[", *("\\" + name for name in FUNCTIONS)}  # sin x (y): the product of sin x and y
 _UNKNOWN_FUNCTIONS = set("fghFGH")
 _MAX_BITS = 3000  # of a value; answers are compared to 1,000 digits
 _MAX_FACTORIAL = 400
@@ -35,6 +37,41 @@ class UnreadableError(Exception):
 
 class UndefinedError(ArithmeticError):
     """The expression has no finite value, or one too large to work with."""
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    with mp.workprec(53):
+        if base != 0 and abs(exponent * mp.log(abs(base), 2)) > _MAX_BITS:
+            raise UndefinedError
+    return base**exponent
+
+
+def _root(value: Number, degree: Number) -> Number:
+    if mp.im(value) == 0 > mp.re(value) and mp.isint((degree - 1) / 2):
+        return -_power(-value, 1 / degree)  # the real one
+    return _power(value, 1 / degree)
+
+
+def _factorial(value: Number) -> Number:
+    if abs(value) > _MAX_FACTORIAL or (mp.dps > 100 and not mp.isint(value)):  # which would take seconds
+        raise UndefinedError
+    return mp.factorial(value)
+
+
+def _binomial(top: Number, bottom: Number) -> Number:
+    return _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
+
+
+def _floor(value: Number) -> Number:
+    nearest = mp.nint(value)
+    return nearest if abs(nearest - value) < mpf(10) ** (10 - mp.dps) else mp.floor(value)
+
+
+_SUMS = {"+": operator.add, "-": operator.sub}
+_PRODUCTS = {"*": operator.mul, r"\cdot": operator.mul, r"\times": operator.mul}
+_PRODUCTS |= {"/": operator.truediv, r"\div": operator.truediv}
+_OF_TWO = {r"\frac": operator.truediv, r"\binom": _binomial}
+_OF_GROUPS = {"|": abs, r"\lfloor": _floor, r"\lceil": lambda value: -_floor(-value)}
 
 
 class _Evaluator:
@@ -63,24 +100,18 @@ class _Evaluator:
 
     def sum(self) -> Number:
         value = self.product()
-        while self.peek() in ("+", "-"):
-            value = value + self.product() if self.take() == "+" else value - self.product()
+        while self.peek() in _SUMS:
+            value = _SUMS[self.take()](value, self.product())
         return value
 
     def product(self) -> Number:
         value = self.signed()
-        while True:
-            token = self.peek()
-            if token in ("*", r"\cdot", r"\times"):
-                self.take()
-                value *= self.signed()
-            elif token in ("/", r"\div"):
-                self.take()
-                value /= self.signed()
-            elif self.starts_factor():
-                value *= self.power()
+        while self.peek() in _PRODUCTS or self.starts_factor():
+            if self.peek() in _PRODUCTS:
+                value = _PRODUCTS[self.take()](value, self.signed())
             else:
-                return value
+                value *= self.power()
+        return value
 
     def starts_factor(self) -> bool:
         """Tell whether a factor follows without a sign of multiplication: a number only behind ``)``, not as in x2."""
@@ -120,16 +151,11 @@ class _Evaluator:
         value = self.sum()
         self.take(_CLOSING[opening])
         self.in_bars = outer
-        if opening in (r"\lfloor", r"\lceil"):
-            return _floor(value) if opening == r"\lfloor" else -_floor(-value)
-        return abs(value) if opening == "|" else value
+        return _OF_GROUPS[opening](value) if opening in _OF_GROUPS else value
 
     def command(self, token: str) -> Number:
-        if token in (r"\frac", r"\binom"):
-            top, bottom = self.argument(), self.argument()
-            return (
-                top / bottom if token == r"\frac" else _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
-            )
+        if token in _OF_TWO:
+            return _OF_TWO[token](self.argument(), self.argument())
         if token == r"\sqrt":
             degree = self.primary() if self.peek() == "[" else mpf(2)
             return _root(self.primary(), degree)
@@ -168,12 +194,7 @@ class _Evaluator:
                 exponent = self.signed()
         bracketed = self.peek() in _CLOSING
         argument = self.primary() if bracketed else self.signed()
-        while (
-            not bracketed
-            and self.starts_factor()
-            and self.peek() not in ("(", "[")
-            and self.peek()[1:] not in FUNCTIONS
-        ):
+        while not bracketed and self.starts_factor() and self.peek() not in _NO_ARGUMENT:
             argument *= self.power()
         if exponent == -1:
             name, exponent = "arc" + name, None
@@ -229,37 +250,11 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
                 raise UnreadableError
             if evaluator.tokens in ([INFINITY], ["-", INFINITY], ["+", INFINITY]):
                 return value
-            if not mp.isfinite(value) or mp.mag(value) > _MAX_BITS:
+            bits = mp.mag(value)
+            tiny = value != 0 and bits < -_MAX_BITS and digits < 1000  # with more, it is what a difference leaves
+            if not mp.isfinite(value) or bits > _MAX_BITS or tiny:
                 raise UndefinedError
-            if value != 0 and mp.mag(value) < -_MAX_BITS:
-                if digits < 1000:
-                    raise UndefinedError
-                value = mpf(0)  # what is left of a difference
             noise = mpf(10) ** (10 - digits) * (1 + abs(mp.re(value)))
             return mp.re(value) if abs(mp.im(value)) <= noise else value
         except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise UndefinedError from error
-
-
-def _power(base: Number, exponent: Number) -> Number:
-    with mp.workprec(53):
-        if base != 0 and abs(exponent * mp.log(abs(base), 2)) > _MAX_BITS:
-            raise UndefinedError
-    return base**exponent
-
-
-def _root(value: Number, degree: Number) -> Number:
-    if mp.im(value) == 0 > mp.re(value) and mp.isint((degree - 1) / 2):
-        return -_power(-value, 1 / degree)  # the real one
-    return _power(value, 1 / degree)
-
-
-def _factorial(value: Number) -> Number:
-    if abs(value) > _MAX_FACTORIAL or (mp.dps > 100 and not mp.isint(value)):  # which would take seconds
-        raise UndefinedError
-    return mp.factorial(value)
-
-
-def _floor(value: Number) -> Number:
-    nearest = mp.nint(value)
-    return nearest if abs(nearest - value) < mpf(10) ** (10 - mp.dps) else mp.floor(value)
