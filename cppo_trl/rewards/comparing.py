@@ -6,17 +6,7 @@ from typing import Any
 from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import UndefinedError, UnreadableError
-from cppo_trl.rewards.reading import (
-    DECIMAL,
-    Many,
-    Named,
-    Relation,
-    Scalar,
-    close,
-    read,
-    region_of,
-    same_number,
-)
+from cppo_trl.rewards.reading import Many, Named, Relation, Scalar, close, read, region_of, same_number
 from cppo_trl.rewards.regions import Region
 from cppo_trl.rewards.text import normalise, squash
 from cppo_trl.rewards.units import units_agree
@@ -125,17 +115,15 @@ def _same_scalar(one: Scalar, other: Scalar) -> bool:
 
 def _rounds_to(exact: Scalar, rounded: Scalar) -> bool:
     """Tell whether a decimal of at least six places, or of five digits and an ellipsis, is what a number rounds to."""
-    decimal, other = DECIMAL.fullmatch(rounded.text), DECIMAL.fullmatch(exact.text)
-    if not decimal or exact.symbols:
+    if not rounded.decimal or exact.symbols:
         return False
-    places = len(decimal[3]) - int(decimal[5] or 0)
-    digits = len((decimal[2] + decimal[3]).lstrip("0"))
-    if other and len(other[3]) - int(other[5] or 0) < places:
+    digits, places = rounded.decimal
+    if exact.decimal and exact.decimal[1] < places:
         return False  # 1 is not what 1.0000001 rounds to
     with mp.workdps(50):
         error = (exact.value() - rounded.value()) * mpf(10) ** places
     if rounded.cut:
-        return digits >= 5 and mp.im(error) == 0 and 0 <= (-error if decimal[1] == "-" else error) < 1
+        return digits >= 5 and mp.im(error) == 0 and 0 <= error * mp.sign(rounded.value()) < 1
     return digits >= 4 and places >= 6 and mp.im(error) == 0 and abs(error) <= 0.5
 
 

@@ -86,16 +86,15 @@ class _Evaluator:
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def take(self, expected: str = "") -> str:
-        token = self.peek()
-        if not token or (expected and token != expected):
+    def take(self) -> str:
+        if not self.peek():
             raise UnreadableError
         self.at += 1
-        return token
+        return self.tokens[self.at - 1]
 
-    def skip(self, *tokens: str) -> bool:
-        found = tuple(self.tokens[self.at : self.at + len(tokens)]) == tokens
-        self.at += len(tokens) * found
+    def skip(self, token: str) -> bool:
+        found = self.peek() == token
+        self.at += found
         return found
 
     def sum(self) -> Number:
@@ -130,7 +129,7 @@ class _Evaluator:
         while self.peek() in ("!", "^"):
             if self.take() == "!":
                 value = _factorial(value)
-            elif self.skip(r"\circ") or self.skip("{", r"\circ", "}"):
+            elif self.skip(r"\circ"):
                 value = value * mp.pi / 180
             else:
                 value = _power(value, self.signed())
@@ -149,7 +148,8 @@ class _Evaluator:
     def group(self, opening: str) -> Number:
         outer, self.in_bars = self.in_bars, opening == "|"
         value = self.sum()
-        self.take(_CLOSING[opening])
+        if not self.skip(_CLOSING[opening]):
+            raise UnreadableError
         self.in_bars = outer
         return _OF_GROUPS[opening](value) if opening in _OF_GROUPS else value
 
@@ -181,7 +181,7 @@ class _Evaluator:
         r"""Return what stands after ``\frac``: a group, or a single digit, letter or command."""
         token = self.peek()
         if token.isdigit():
-            self.tokens[self.at : self.at + 1] = [*token[0], *filter(None, [token[1:]])]
+            self.tokens[self.at : self.at + 1] = filter(None, [token[0], token[1:]])
             return mpf(self.take())
         return self.primary()
 
@@ -207,13 +207,8 @@ class _Evaluator:
 
     def name(self, token: str) -> Number:
         letter = token
-        while self.peek() in ("_", "'", "^"):
-            if self.skip("_"):
-                token += "_" + self.raw()
-            elif self.skip("'") or self.skip("^", r"\prime") or self.skip("^", "{", r"\prime", "}"):
-                token += "'"
-            else:
-                break
+        while self.peek() in ("_", "'"):
+            token += "'" if self.take() == "'" else "_" + self.raw()
         if token in _CONSTANTS:
             return +_CONSTANTS[token]
         value = self.value_of(token)

@@ -40,6 +40,12 @@ class Scalar:
         """The names in the expression."""
         return _symbols(self.text)
 
+    @property
+    def decimal(self) -> tuple[int, int] | None:
+        """The numbers of significant digits and of decimal places, None of what is no decimal."""
+        match = _DECIMAL.fullmatch(self.text)
+        return match and (len((match[1] + match[2]).lstrip("0")), len(match[2]) - int(match[3] or 0))
+
     def value(self, digits: int = 50, place: int = 0) -> Number:
         """Return the value at one of the points, which are numbers for the symbols; raises UndefinedError."""
         return _value(self.text, digits, place)
@@ -129,8 +135,6 @@ def _split(text: str, separators: str) -> tuple[list[str], list[str]]:
 
 
 def _statements(text: str) -> Any:
-    if (known := _known_words(text)) is not None:
-        return known
     pieces, separators = _split(text, r"[,;]|\b(?:and|or)\b")
     try:
         return _together([_statement(piece) for piece in pieces if piece], set(separators))
@@ -218,24 +222,25 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
         raise UnreadableError
     elif len(sides) == 2 and (values[0].symbols or values[1].symbols):
         return Relation("=", Scalar(f"({values[0].text})-({values[1].text})"))
-    exact = signs.index(r"\approx") if r"\approx" in signs else len(signs)
-    for left, right in pairwise(values[: exact + 1]):
-        if not isinstance(left, Scalar) or not isinstance(right, Scalar) or left.symbols | right.symbols:
-            raise UnreadableError
-        if not same_number(left, right):
-            raise UndefinedError  # 2 + 2 = 5
-    for rounded in values[exact + 1 :]:
-        if not (isinstance(rounded, Scalar) and is_near(values[exact], rounded)):
-            raise UndefinedError
-    return Named(name, values[exact]) if name else values[exact]
+    first = signs.index(r"\approx") if r"\approx" in signs else len(signs)
+    stated, rounded = values[: first + 1], values[first + 1 :]
+    if len(stated) > 1 and not all(map(_is_constant, stated)):
+        raise UnreadableError
+    equal = all(same_number(*pair) for pair in pairwise(stated))
+    if not equal or not all(_is_near(stated[-1], value) for value in rounded):
+        raise UndefinedError  # 2 + 2 = 5
+    return Named(name, stated[-1]) if name else stated[-1]
 
 
-def is_near(exact: Any, rounded: Scalar) -> bool:
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Scalar) and not value.symbols
+
+
+def _is_near(exact: Any, rounded: Any) -> bool:
     """Tell whether a decimal differs from a number by less than its last place; true of what is no decimal."""
-    decimal = DECIMAL.fullmatch(rounded.text)
-    if not decimal or not isinstance(exact, Scalar) or exact.symbols:
-        return True
-    return abs(exact.value() - rounded.value()) <= mpf(10) ** (int(decimal[5] or 0) - len(decimal[3]))
+    if not isinstance(rounded, Scalar) or not rounded.decimal or not _is_constant(exact):
+        return isinstance(rounded, Scalar)
+    return abs(exact.value() - rounded.value()) <= mpf(10) ** -rounded.decimal[1]
 
 
 def _inequality(sides: list[str], signs: list[str]) -> Any:
@@ -267,9 +272,10 @@ def _not_empty(region: Region) -> Region:
 
 def same_number(left: Scalar, right: Scalar) -> bool:
     """Tell whether two expressions have one value: at the points where both are real, or else where both have one."""
-    symbolic, rounded = left.symbols | right.symbols, r"\l" in re.sub(r"\\l[^fc]", "", left.text + right.text)
+    symbolic = left.symbols | right.symbols
+    places = len(POINTS) + (WHOLE_POINTS if re.search(r"\\l(?:floor|ceil)", left.text + right.text) else 0)
     pairs = {}
-    for place in range(len(POINTS) + WHOLE_POINTS * rounded if symbolic else 1):
+    for place in range(places if symbolic else 1):
         with contextlib.suppress(UndefinedError):
             pairs[place] = left.value(50, place), right.value(50, place)
     real_pairs = {place: pair for place, pair in pairs.items() if mp.im(pair[0]) == 0 == mp.im(pair[1])}
@@ -291,7 +297,7 @@ def close(left: Number, right: Number, digits: int) -> bool:
 
 def real(value: Any) -> Any:
     """Return the value of a real constant, None of anything else."""
-    number = value.value() if isinstance(value, Scalar) and not value.symbols else 1j
+    number = value.value() if _is_constant(value) else 1j
     return number if mp.im(number) == 0 else None
 
 
@@ -300,7 +306,7 @@ _LETTER = rf"(?:[a-zA-Z]|\\(?:{'|'.join(sorted(GREEK))})(?![a-zA-Z]))"
 _NAME = re.compile(
     rf"(?:{_LETTER}|m?\s*\\(?:angle|triangle)\s*[A-Z]+|\\(?:vec|overrightarrow|hat|bar|overline|tilde)\s*(?:\{{[^{{}}]*\}}|\w)"
     rf'|[A-Z]{{2,4}}|"[^"]+"|\\frac\s*\{{\s*d\s*\w\s*\}}\s*\{{\s*d\s*\w\s*\}}|\\(?:sin|cos|tan)\s*{_LETTER}){_SUBSCRIPT}'
-    rf"(?:'|\^\{{?(?:-1|\\prime)\}}?)*(?P<call>\s*\([^()=<>]*\))?"
+    rf"(?:'|\^\{{?-1\}}?)*(?P<call>\s*\([^()=<>]*\))?"
     rf"|\(\s*{_LETTER}{_SUBSCRIPT}(?:\s*,\s*{_LETTER}{_SUBSCRIPT})+\s*\)"
 )
 _FACTORS = "abcdeiklmnorstuvxyz"  # before parentheses a factor, unless these hold one number or t
@@ -401,15 +407,13 @@ def _matrix(text: str) -> Many:
     if not match or r"\begin" in match[2]:
         raise UnreadableError
     rows = [tuple(_item(cell.strip()) for cell in row.split("&")) for row in match[2].split(r"\\") if row.strip()]
-    if len({len(row) for row in rows}) != 1:
-        raise UnreadableError
     return Many("matrix", tuple(Many("row", row) for row in rows))
 
 
 _PLAIN_VALUE = rf"[-+]?\s*(?:{NUMBER}|\d+\s*/\s*\d+|\d*\\frac\s*\{{\d+\}}\s*\{{\d+\}})\.?"
 _EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
 _PERCENT = re.compile(r'(.*[\d)}.])\s*(?:\\?%|"?\s*(?:percent|per cent|pct|percentage)\s*"?)')
-_DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\{?\s*\\circ\s*\}?\s*"?\s*([CF]?)\s*"?')
+_DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\\circ\s*"?\s*([CF]?)\s*"?')
 _STYLED_UNIT = re.compile(
     rf'(.*?[\w)}}!\]])\s*("[^"]+"{_EXPONENT}(?:\s*(?:(?:/|\\cdot)\s*(?:"[^"]+"|[a-zA-Z]+)|"[^"]+"){_EXPONENT})*)'
 )
@@ -445,8 +449,8 @@ def _strip_unit(text: str) -> tuple[str, str]:
     return (value, unit) if known or '"' in text or word_like else (text, "")
 
 
-DECIMAL = re.compile(
-    r"([-+]?)\s*(\d*)\.?(\d*)\s*(\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
+_DECIMAL = re.compile(
+    r"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
 )
 
 
@@ -456,10 +460,8 @@ def _scalar(text: str) -> Scalar:
         raise UnreadableError
     first, _, rest = unit.partition(" ")
     if first.lower() in WORDS["scales"]:
-        value, unit = f"({value})*{WORDS['scales'][first.lower()]}", rest
-    elif first.lower() in ("squared", "cubed"):
-        value, unit = f"({value})^{2 if first[0] in 'sS' else 3}", rest
-    cut = bool(DECIMAL.fullmatch(value)) and r"\ldots" in value
+        value, unit = f"({value}){WORDS['scales'][first.lower()]}", rest
+    cut = bool(_DECIMAL.fullmatch(value)) and r"\ldots" in value
     scalar = Scalar(value.replace(r"\ldots", "") if cut else value, unit_of(unit) if unit else None, cut)
     scalar.value()  # it has one
     return scalar

@@ -31,10 +31,8 @@ _UNIT_BEHIND = re.compile(r"\s*(?!(?:is|are|was|if|and|or|not|but|for|when|where
 
 def _styled(match: re.Match[str]) -> str:
     words = match[1].strip(" ~")
-    if words in ("and", "or"):
+    if words in ("and", "or", *FUNCTIONS):
         return f" {words} "
-    if words in FUNCTIONS:
-        return rf"\{words} "
     before = match.string[: match.start()].rstrip(" ~\\,")[-1:]
     if len(words) < 2 or re.match(r"[-+.\d(]", words) or re.search(r"[\\+=^_<>]", words):
         return f' "{words}" ' if words in _UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
@@ -70,6 +68,8 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{known_unit(m[2])}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
     (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\^ ?(?:\{ ?\\prime ?\}|\\prime(?![a-zA-Z]))", "'"),
+    (r"\^ ?\{ ?\\circ ?\}", r"^\\circ "),
     (r"\*\*", "^"),
     (r"<=|=<", r"\\leq "),
     (r">=", r"\\geq "),
@@ -85,7 +85,6 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^\\approx\s*", ""),
     (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
 ]
-_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
 _BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])")
 
 
@@ -94,8 +93,8 @@ def normalise(text: str) -> str:
     text = _out_of_prose(" ".join(text.translate(_SIGNS).split()).strip("*_ "))
     while (styled := _STYLE.sub(_styled, text)) != text:
         text = styled
-    for pattern, replacement in _RULES:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
     thousands = _THOUSANDS if ", " in text else _THOUSANDS_OUTSIDE  # (1,000, 2) has a thousand, (1,000) perhaps not
     text = thousands.sub(lambda match: match[0] if match[0][0] in "([\\" else match[0].replace(",", ""), text)
     parts = re.split('("[^"]*")', text)
