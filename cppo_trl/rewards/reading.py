@@ -7,7 +7,7 @@ tasks that are not carried out (integrals, sums, limits): repeating the question
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from itertools import pairwise
 from random import Random
@@ -38,7 +38,7 @@ class Scalar:
     @property
     def symbols(self) -> frozenset[str]:
         """The names in the expression."""
-        return _symbols(self.text)
+        return _computed(self.text, 50, 0)[1]
 
     @property
     def decimal(self) -> tuple[int, int] | None:
@@ -48,7 +48,7 @@ class Scalar:
 
     def value(self, digits: int = 50, place: int = 0) -> Number:
         """Return the value at one of the points, which are numbers for the symbols; raises UndefinedError."""
-        return _value(self.text, digits, place)
+        return _computed(self.text, digits, place)[0]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,10 @@ class Relation:
 
 
 @lru_cache(maxsize=16384)
-def _value(text: str, digits: int, place: int) -> Number:
-    return evaluate(text, lambda name: _sample(name, place), digits)
+def _computed(text: str, digits: int, place: int) -> tuple[Number, frozenset[str]]:
+    """Return the value of an expression at one of the points, and the names in it."""
+    names: dict[str, Number] = {}
+    return evaluate(text, lambda name: names.setdefault(name, _sample(name, place)), digits), frozenset(names)
 
 
 @cache
@@ -85,13 +87,6 @@ def _sample(name: str, place: int) -> Number:
     if place >= len(POINTS):
         return mpf(place - len(POINTS) + Random(name).randint(1, 9))
     return mpf(Random(f"{name} {place}").uniform(*POINTS[place]))
-
-
-@lru_cache(maxsize=16384)
-def _symbols(text: str) -> frozenset[str]:
-    names: dict[str, Number] = {}
-    evaluate(text, lambda name: names.setdefault(name, _sample(name, 0)), 15)
-    return frozenset(names)
 
 
 @lru_cache(maxsize=16384)
@@ -162,25 +157,30 @@ def _known_words(text: str) -> Any:
 
 def _together(values: list[Any], separators: set[str]) -> Any:
     """Return what several statements state together."""
-    items = [part for value in values for part in (value.items if _is_list(value) else [value])]
+    items = _flat(values)
     if len(items) == 1:
         return items[0]
     if not 0 < len(items) <= MAX_ITEMS:
         raise UnreadableError
-    regions = [item for item in items if isinstance(item, Region) and item.name]
-    if len(regions) == len(items) and len({region.name for region in regions}) == 1:
-        if separators == {"or"}:
-            return combined(regions, any)
-        if separators == {"and"} or all(region.cells() == [False, True, True] for region in regions):  # x != 1, x != 2
-            return _not_empty(combined(regions, all))
     names = {item.name if isinstance(item, Named) else isinstance(item, Scalar) or None for item in items}
-    if isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
+    regions = [item.value for item in items if isinstance(item, Named) and isinstance(item.value, Region)]
+    if len(regions) == len(items) and len(names) == 1:
+        if separators == {"or"}:
+            return Named(items[0].name, combined(regions, any))
+        if separators == {"and"} or all(region.cells() == [False, True, True] for region in regions):  # x != 1, x != 2
+            return Named(items[0].name, _not_empty(combined(regions, all)))
+    if not regions and isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
         items = [item.value if isinstance(item, Named) else item for item in items]
     return Many(",", tuple(items))
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Many) and value.kind == ","
+def _flat(values: list[Any]) -> list[Any]:
+    """Return the values, those of bare lists one by one."""
+    return [
+        part
+        for value in values
+        for part in (value.items if isinstance(value, Many) and value.kind == "," else [value])
+    ]
 
 
 _TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
@@ -204,8 +204,8 @@ def _statement(text: str) -> Any:
     if not signs:
         return _item(text)
     if signs == [r"\in"]:
-        value = _item(sides[1])
-        return replace(value, name=_name(sides[0]) or "") if isinstance(value, Region) else value
+        name, value = _name(sides[0]), _item(sides[1])
+        return Named(name, value) if name and isinstance(value, Region) else value
     return _equation(sides, signs) if set(signs) <= {"=", r"\approx"} else _inequality(sides, signs)
 
 
@@ -249,12 +249,12 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
         raise UndefinedError  # 0 < 1
     solved = bounds.count(None) == 1 and (len(sides) == 2 or (len(sides) == 3 and bounds[1] is None))
     if solved and (name := _name(sides[bounds.index(None)])):
-        parts = [replace(REALS, name=name)]
+        parts = []
         if bounds[0] is not None:
             parts.append(solutions(_MIRRORED.get(signs[0], signs[0]), bounds[0]))
         if bounds[-1] is not None:
             parts.append(solutions(signs[-1], bounds[-1]))
-        return _not_empty(combined(parts, all))
+        return Named(name, _not_empty(combined(parts, all)))
     values = [_item(side) for side in sides]
     if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
         raise UnreadableError
@@ -389,11 +389,12 @@ def _bracketed(opening: str, inside: str, closing: str) -> Any:
         head, signs = _split(inside, r"[|:]")
         if signs and (_name(head[0]) or r"\in" in head[0]):
             condition = _statements(inside[inside.index(signs[0], len(head[0])) + 1 :].replace(",", " and "))
-            return replace(condition, name="") if isinstance(condition, Region) else re.sub(r"\s", "", f"{{{inside}}}")
+            solved = isinstance(condition, Named) and isinstance(condition.value, Region)
+            return condition.value if solved else re.sub(r"\s", "", f"{{{inside}}}")
     pieces, signs = _split(inside, "[,;]")
     items = [_statement(piece) for piece in pieces] if signs or opening == r"\{" else []
     if opening == r"\{" or (opening == "{" and signs):
-        return Many("{}", tuple(part for item in items for part in (item.items if _is_list(item) else [item])))
+        return Many("{}", tuple(_flat(items)))
     if signs:
         return Many(opening + closing, tuple(items))
     return _item(inside) if r"\begin" in inside else None

@@ -21,12 +21,10 @@ class Region:
     Attributes:
         contains: Tells whether a number belongs to the set.
         marks: The boundaries, in any order; between two of them all numbers belong to the set, or none.
-        name: The variable it is stated for, if any.
     """
 
     contains: Callable[[mpf], bool]
     marks: tuple[mpf, ...] = ()
-    name: str = ""
 
     def cells(self) -> list[bool]:
         """Tell of each boundary, and then of each gap between them, whether it belongs to the set."""
@@ -36,9 +34,8 @@ class Region:
         return [self.contains(number) for number in marks + gaps + ends]
 
     def equals(self, other: "Region") -> bool:
-        """Tell whether both hold the same numbers and are stated for one variable."""
-        same_name = not self.name or not other.name or self.name == other.name
-        return same_name and not any(combined([self, other], lambda held: held[0] != held[1]).cells())
+        """Tell whether both hold the same numbers."""
+        return not any(combined([self, other], lambda held: held[0] != held[1]).cells())
 
 
 EMPTY, REALS = Region(lambda _: False), Region(lambda _: True)
@@ -56,4 +53,4 @@ def solutions(sign: str, bound: mpf) -> Region:
 def combined(regions: Sequence[Region], keep: Callable[[list[bool]], bool]) -> Region:
     """Return the numbers for which ``keep`` holds of whether they are in each of some sets."""
     marks = tuple(mark for region in regions for mark in region.marks)
-    return Region(lambda number: keep([region.contains(number) for region in regions]), marks, regions[0].name)
+    return Region(lambda number: keep([region.contains(number) for region in regions]), marks)
