@@ -141,7 +141,7 @@ class _Evaluator:
             return self.number(token)
         if token in _CLOSING:
             return self.group(token)
-        if (token.isascii() and token.isalpha()) or token[1:] in GREEK:
+        if (token.isascii() and token.isalpha()) or token[1:] in GREEK or token in _CONSTANTS:
             return self.name(token)
         return self.command(token)
 
@@ -163,9 +163,7 @@ class _Evaluator:
             return self.function(token[1:])
         if token[1:] in ACCENTS:
             return self.name(token + self.raw())
-        if token not in _CONSTANTS:
-            raise UnreadableError
-        return +_CONSTANTS[token]
+        raise UnreadableError
 
     def number(self, token: str) -> Number:
         value = mpf(token)

@@ -13,13 +13,9 @@ LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
 MAX_CHARS = 2000  # of an answer or a gold; a text beyond is neither
-_METRICS = {  # shares of the batch
-    "reward/unparseable_gold": ("unparseable_gold",),
-    "reward/no_answer": ("no_answer",),
-    "reward/unparseable_answer": ("unparseable_answer",),
-    "reward/timeout": ("timeout",),
-    "reward/error": ("crash", "error"),
-}
+_METRICS = [
+    f"reward/{kind}" for kind in ("unparseable_gold", "no_answer", "unparseable_answer", "timeout", "error")
+]  # shares of the batch
 _THOUGHT_AND_ANSWER = re.compile(r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)+", re.DOTALL)
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
@@ -120,9 +116,9 @@ class AccuracyReward:
             log_extra("verdict", [verdicts.get(outcome.why, "wrong") for outcome in outcomes])
             log_extra("why", [outcome.why for outcome in outcomes])
         if log_metric is not None and outcomes:
-            kinds = [outcome.why.partition(":")[0] for outcome in outcomes]
-            for name, counted in _METRICS.items():
-                log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
+            kinds = ["error" if outcome.why == "crash" else outcome.why.partition(":")[0] for outcome in outcomes]
+            for name in _METRICS:
+                log_metric(name, kinds.count(name.removeprefix("reward/")) / len(kinds))
         return [self.reward(outcome) for outcome in outcomes]
 
     def grade(self, completions: Sequence[Completion], solution: Sequence[Any]) -> list[Outcome]:

@@ -176,11 +176,8 @@ def _together(values: list[Any], separators: set[str]) -> Any:
 
 def _flat(values: list[Any]) -> list[Any]:
     """Return the values, those of bare lists one by one."""
-    return [
-        part
-        for value in values
-        for part in (value.items if isinstance(value, Many) and value.kind == "," else [value])
-    ]
+    lists = [value.items if isinstance(value, Many) and value.kind == "," else [value] for value in values]
+    return [item for items in lists for item in items]
 
 
 _TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
@@ -371,15 +368,14 @@ def region_of(value: Any) -> Region | None:
     """Return a value as a set of real numbers, or None if it is none."""
     if isinstance(value, Region) or not isinstance(value, Many):
         return value if isinstance(value, Region) else None
-    ends = [end for item in value.items if (end := real(item)) is not None]
-    if not ends or len(ends) < len(value.items):
+    ends = [real(item) for item in value.items]
+    if not ends or None in ends:
         return None
     if value.kind == "{}" and all(map(mp.isfinite, ends)):
         return combined([solutions("=", end) for end in ends], any)
     if set(value.kind) <= set(_END_SIGNS) and len(ends) == 2 and ends[0] < ends[1]:
-        return combined(
-            [solutions(_END_SIGNS[end], number) for end, number in zip(value.kind, ends, strict=True)], all
-        )
+        halves = [solutions(_END_SIGNS[mark], end) for mark, end in zip(value.kind, ends, strict=True)]
+        return combined(halves, all)
     return None
 
 

@@ -48,23 +48,19 @@ def _repeating(match: re.Match[str]) -> str:
 _SPACE = r"(?<!\\)\\[,;:! ]|~"
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _THOUSANDS_OUTSIDE = re.compile(rf"\([^()]*\)|\[[^\[\]]*\]|\\\{{.*?\\\}}|{_THOUSANDS.pattern}")
+_SPACED_THOUSANDS = (
+    r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)"
+)
+_PRICE = rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(WORDS['scales'])})\b)?"
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right)\s*\.", ""),
-    (
-        r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)",
-        lambda m: re.sub(r"\D", "", m[0]),
-    ),
+    (_SPACED_THOUSANDS, lambda m: re.sub(r"\D", "", m[0])),
     (_SPACE, " "),
-    (
-        r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?",
-        lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"',
-    ),
+    (r"\\math(?:bb|bf)\s*\{?\s*R\s*\}?", "ℝ"),
+    (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r'"\1"'),
     (r"\\([a-zA-Z]+)\s*", lambda m: _SPELLINGS.get(m[1], m[0])),
     (r"(?<!\\)\\(\d)", r"\1"),
-    (
-        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(WORDS['scales'])})\b)?",
-        lambda m: f'{m[2]}{m[3] or ""} "{known_unit(m[1])}"',
-    ),
+    (_PRICE, lambda m: f'{m[2]}{m[3] or ""} "{known_unit(m[1])}"'),
     (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{known_unit(m[2])}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
     (r"\\\{\s*\\\}", r"\\emptyset "),
@@ -83,9 +79,12 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![_^]\d)(?<!\\frac \d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ", "),
     (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
     (r"^\\approx\s*", ""),
+    (
+        rf'"[^"]*"|(?<![\\a-zA-Z])({"|".join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])',
+        lambda m: f"\\{m[1].replace('infinity', 'infty')} " if m[1] else m[0],
+    ),
     (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
 ]
-_BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])")
 
 
 def normalise(text: str) -> str:
@@ -97,11 +96,7 @@ def normalise(text: str) -> str:
         text = re.sub(pattern, replacement, text)
     thousands = _THOUSANDS if ", " in text else _THOUSANDS_OUTSIDE  # (1,000, 2) has a thousand, (1,000) perhaps not
     text = thousands.sub(lambda match: match[0] if match[0][0] in "([\\" else match[0].replace(",", ""), text)
-    parts = re.split('("[^"]*")', text)
-    parts[::2] = [
-        _BARE_COMMAND.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", part) for part in parts[::2]
-    ]
-    text = " ".join("".join(parts).split())
+    text = " ".join(text.split())
     return text if text.endswith(r"\.") else text.rstrip(" .,;:")
 
 
