@@ -49,7 +49,7 @@ def equal(one: Any, other: Any) -> bool:
     one, other = (side.value if isinstance(side, Named) else side for side in (one, other))
     try:
         return _same(one, other)
-    except (UndefinedError, UnreadableError):
+    except (ArithmeticError, UnreadableError):
         return False
 
 
@@ -57,10 +57,10 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Region) or isinstance(other, Region):
         region, another = region_of(one), region_of(other)
         return region is not None and another is not None and region.equals(another)
-    if isinstance(one, Many) and isinstance(other, Many):
-        return len(one.items) == len(other.items) and _same_items(one, other)
-    if isinstance(one, Many) or isinstance(other, Many):
-        return _same_as_one(one, other) if isinstance(one, Many) else _same_as_one(other, one)
+    if isinstance(other, Many):
+        one, other = other, one
+    if isinstance(one, Many):
+        return _same_items(one, other) if isinstance(other, Many) else _same_as_one(one, other)
     if isinstance(one, Scalar) and isinstance(other, Scalar):
         return _same_scalar(one, other)
     if isinstance(one, Relation) and isinstance(other, Relation):
@@ -76,7 +76,9 @@ def _as_relation(side: Any) -> Any:
 
 
 def _same_items(one: Many, other: Many) -> bool:
-    """Compare as many items each; the order counts in brackets, and where only one side has names."""
+    """Compare item by item; the order counts in brackets, and where only one side has names."""
+    if len(one.items) != len(other.items):
+        return False
     if one.kind in ("{}", ",") and other.kind in ("{}", ","):
         named = [all(isinstance(item, Named) for item in many.items) for many in (one, other)]
         names = [item.name for item in (one if named[0] else other).items] if named[0] != named[1] else []
@@ -132,9 +134,6 @@ def _proportional(one: Relation, other: Relation) -> bool:
     left, right = one.difference, other.difference
     if left.symbols != right.symbols:
         return False
-    try:
-        ratios = [left.value(place=place) / right.value(place=place) for place in range(4)]
-    except ZeroDivisionError:
-        return False
+    ratios = [left.value(place=place) / right.value(place=place) for place in range(4)]
     same = abs(ratios[0]) > 1e-30 and all(close(ratio, ratios[0], 50) for ratio in ratios)
     return same and (one.sign in ("=", r"\neq") or ratios[0] > 0)

@@ -139,9 +139,7 @@ class AccuracyReward:
 
     def reward(self, outcome: Outcome) -> float | None:
         """Return the reward for an outcome; None if the gold could not be read."""
-        if outcome.why == "unparseable_gold":
-            return None
-        return {"equal": 1.0, "different": self.partial_credit}.get(outcome.why, 0.0)
+        return {"equal": 1.0, "different": self.partial_credit, "unparseable_gold": None}.get(outcome.why, 0.0)
 
 
 class AsyncAccuracyReward(AccuracyReward):

@@ -246,11 +246,10 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
         raise UndefinedError  # 0 < 1
     solved = bounds.count(None) == 1 and (len(sides) == 2 or (len(sides) == 3 and bounds[1] is None))
     if solved and (name := _name(sides[bounds.index(None)])):
-        parts = []
-        if bounds[0] is not None:
-            parts.append(solutions(_MIRRORED.get(signs[0], signs[0]), bounds[0]))
-        if bounds[-1] is not None:
-            parts.append(solutions(signs[-1], bounds[-1]))
+        parts = [
+            solutions(sign, right) if left is None else solutions(_MIRRORED.get(sign, sign), left)
+            for left, sign, right in zip(bounds[:-1], signs, bounds[1:], strict=True)
+        ]
         return Named(name, _not_empty(combined(parts, all)))
     values = [_item(side) for side in sides]
     if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):

@@ -20,12 +20,8 @@ _STYLE = re.compile(
     r"(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
 )
 _DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_LEAD_IN = re.compile(
-    r"[^\d:]*(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*|\W*", re.IGNORECASE
-)
-_DOUBT = re.compile(
-    r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE
-)
+_LEAD_IN = re.compile(rf"(?i)[^\d:]*(?:\b(?:{'|'.join(WORDS['lead-ins'])})|[:=])\s*|\W*")
+_DOUBT = re.compile(rf"(?i)n't\b|\b(?:{'|'.join(WORDS['doubts'])})\b")
 _UNIT_BEHIND = re.compile(r"\s*(?!(?:is|are|was|if|and|or|not|but|for|when|where)\b)(?:[a-zA-Z.]+\s*){0,3}[.\s]*")
 
 
