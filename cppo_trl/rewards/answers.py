@@ -26,14 +26,10 @@ def extract_answer(completion: str, sources: Collection[str] = SOURCES) -> str |
     empty and the last line that starts with ``Answer:``, the later one is the answer. Boxes joined by "and", "or" or a
     comma are one answer, a list; an unfinished box is none.
     """
-    if "</think>" in completion:
-        completion = completion.rpartition("</think>")[2]
-    completion = completion.partition("<think>")[0]
+    completion = completion.rpartition("</think>")[2].partition("<think>")[0]
     boxes, open_at = _boxes(completion) if "boxed" in sources else ([], -1)
-    line_end = -1
-    if "answer_line" in sources:
-        for match in _ANSWER_LINE.finditer(completion):
-            line_end = match.end()
+    lines = list(_ANSWER_LINE.finditer(completion)) if "answer_line" in sources else []
+    line_end = lines[-1].end() if lines else -1
     last = boxes[-1].start if boxes else -1
     if line_end > max(last, open_at):
         answer = _answer_line(completion, line_end)

@@ -79,11 +79,6 @@ class _Worker:
         *lines, self.unread = (self.unread + data).split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        self.socket.close()
-
 
 class _Batch:
     """The state of one call: what waits, what is answered, and what is known to be stuck."""
@@ -235,7 +230,9 @@ class Checker(AbstractContextManager):
         batch.waiting.extendleft(reversed(child.pairs))
 
     def _end(self, child: _Worker) -> None:
-        child.end()
+        child.process.kill()
+        child.process.wait()
+        child.socket.close()
         self._children.remove(child)
 
 

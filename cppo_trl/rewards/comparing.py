@@ -6,17 +6,7 @@ from typing import Any
 from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import UndefinedError, UnreadableError
-from cppo_trl.rewards.reading import (
-    DECIMAL,
-    Many,
-    Named,
-    Relation,
-    Scalar,
-    close,
-    read,
-    region_of,
-    same_number,
-)
+from cppo_trl.rewards.reading import Many, Named, Relation, Scalar, close, read, region_of, same_number
 from cppo_trl.rewards.regions import Region
 from cppo_trl.rewards.text import normalise, squash
 from cppo_trl.rewards.units import units_agree
@@ -59,7 +49,7 @@ def equal(one: Any, other: Any) -> bool:
     one, other = (side.value if isinstance(side, Named) else side for side in (one, other))
     try:
         return _same(one, other)
-    except (UndefinedError, UnreadableError):
+    except (ArithmeticError, UnreadableError):
         return False
 
 
@@ -67,10 +57,10 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, Region) or isinstance(other, Region):
         region, another = region_of(one), region_of(other)
         return region is not None and another is not None and region.equals(another)
-    if isinstance(one, Many) and isinstance(other, Many):
-        return len(one.items) == len(other.items) and _same_items(one, other)
-    if isinstance(one, Many) or isinstance(other, Many):
-        return _same_as_one(one, other) if isinstance(one, Many) else _same_as_one(other, one)
+    if isinstance(other, Many):
+        one, other = other, one
+    if isinstance(one, Many):
+        return _same_items(one, other) if isinstance(other, Many) else _same_as_one(one, other)
     if isinstance(one, Scalar) and isinstance(other, Scalar):
         return _same_scalar(one, other)
     if isinstance(one, Relation) and isinstance(other, Relation):
@@ -86,7 +76,9 @@ def _as_relation(side: Any) -> Any:
 
 
 def _same_items(one: Many, other: Many) -> bool:
-    """Compare as many items each; the order counts in brackets, and where only one side has names."""
+    """Compare item by item; the order counts in brackets, and where only one side has names."""
+    if len(one.items) != len(other.items):
+        return False
     if one.kind in ("{}", ",") and other.kind in ("{}", ","):
         named = [all(isinstance(item, Named) for item in many.items) for many in (one, other)]
         names = [item.name for item in (one if named[0] else other).items] if named[0] != named[1] else []
@@ -125,17 +117,15 @@ def _same_scalar(one: Scalar, other: Scalar) -> bool:
 
 def _rounds_to(exact: Scalar, rounded: Scalar) -> bool:
     """Tell whether a decimal of at least six places, or of five digits and an ellipsis, is what a number rounds to."""
-    decimal, other = DECIMAL.fullmatch(rounded.text), DECIMAL.fullmatch(exact.text)
-    if not decimal or exact.symbols:
+    if not rounded.decimal or exact.symbols:
         return False
-    places = len(decimal[3]) - int(decimal[5] or 0)
-    digits = len((decimal[2] + decimal[3]).lstrip("0"))
-    if other and len(other[3]) - int(other[5] or 0) < places:
+    digits, places = rounded.decimal
+    if exact.decimal and exact.decimal[1] < places:
         return False  # 1 is not what 1.0000001 rounds to
     with mp.workdps(50):
         error = (exact.value() - rounded.value()) * mpf(10) ** places
     if rounded.cut:
-        return digits >= 5 and mp.im(error) == 0 and 0 <= (-error if decimal[1] == "-" else error) < 1
+        return digits >= 5 and mp.im(error) == 0 and 0 <= error * mp.sign(rounded.value()) < 1
     return digits >= 4 and places >= 6 and mp.im(error) == 0 and abs(error) <= 0.5
 
 
@@ -144,9 +134,6 @@ def _proportional(one: Relation, other: Relation) -> bool:
     left, right = one.difference, other.difference
     if left.symbols != right.symbols:
         return False
-    try:
-        ratios = [left.value(place=place) / right.value(place=place) for place in range(4)]
-    except ZeroDivisionError:
-        return False
+    ratios = [left.value(place=place) / right.value(place=place) for place in range(4)]
     same = abs(ratios[0]) > 1e-30 and all(close(ratio, ratios[0], 50) for ratio in ratios)
     return same and (one.sign in ("=", r"\neq") or ratios[0] > 0)

@@ -3,18 +3,18 @@ r"""The value of a scalar expression in LaTeX, to any number of digits.
 Nothing here runs for long: values and factorials have bounds, and past them an expression is undefined.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
 
 from mpmath import mp, mpf
 
+from cppo_trl.rewards.words import WORDS
+
 Number = Any  # mpf, or mpc where it is not real
-GREEK = set(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau phi "
-    "varphi chi psi omega upsilon Gamma Delta Theta Lambda Xi Sigma Upsilon Phi Psi Omega ell hbar".split()
-)
-ACCENTS = set("vec overrightarrow hat bar overline tilde angle triangle".split())
+GREEK = set(WORDS["greek"].split())
+ACCENTS = set(WORDS["accents"].split())
 FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(mp, name) for name in "sin cos tan cot sec csc sinh cosh tanh ln exp".split()},
     **{"arc" + name: getattr(mp, "a" + name) for name in ("sin", "cos", "tan")},
@@ -25,6 +25,7 @@ _CONSTANTS = {r"\pi": mp.pi, "e": mp.e, "i": mp.mpc(0, 1), INFINITY: mp.inf}
 _HEADS = {"frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK, *ACCENTS}
 _TOKEN = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+|\\[a-zA-Z]+|\\.|\S")
 _CLOSING = {"(": ")", "[": "]", "{": "}", "|": "|", r"\lfloor": r"\rfloor", r"\lceil": r"\rceil"}
+_NO_ARGUMENT = {"(", "[", *("\\" + name for name in FUNCTIONS)}  # sin x (y): the product of sin x and y
 _UNKNOWN_FUNCTIONS = set("fghFGH")
 _MAX_BITS = 3000  # of a value; answers are compared to 1,000 digits
 _MAX_FACTORIAL = 400
@@ -36,6 +37,41 @@ class UnreadableError(Exception):
 
 class UndefinedError(ArithmeticError):
     """The expression has no finite value, or one too large to work with."""
+
+
+def _power(base: Number, exponent: Number) -> Number:
+    with mp.workprec(53):
+        if base != 0 and abs(exponent * mp.log(abs(base), 2)) > _MAX_BITS:
+            raise UndefinedError
+    return base**exponent
+
+
+def _root(value: Number, degree: Number) -> Number:
+    if mp.im(value) == 0 > mp.re(value) and mp.isint((degree - 1) / 2):
+        return -_power(-value, 1 / degree)  # the real one
+    return _power(value, 1 / degree)
+
+
+def _factorial(value: Number) -> Number:
+    if abs(value) > _MAX_FACTORIAL or (mp.dps > 100 and not mp.isint(value)):  # which would take seconds
+        raise UndefinedError
+    return mp.factorial(value)
+
+
+def _binomial(top: Number, bottom: Number) -> Number:
+    return _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
+
+
+def _floor(value: Number) -> Number:
+    nearest = mp.nint(value)
+    return nearest if abs(nearest - value) < mpf(10) ** (10 - mp.dps) else mp.floor(value)
+
+
+_SUMS = {"+": operator.add, "-": operator.sub}
+_PRODUCTS = {"*": operator.mul, r"\cdot": operator.mul, r"\times": operator.mul}
+_PRODUCTS |= {"/": operator.truediv, r"\div": operator.truediv}
+_OF_TWO = {r"\frac": operator.truediv, r"\binom": _binomial}
+_OF_GROUPS = {"|": abs, r"\lfloor": _floor, r"\lceil": lambda value: -_floor(-value)}
 
 
 class _Evaluator:
@@ -50,38 +86,31 @@ class _Evaluator:
     def peek(self) -> str:
         return self.tokens[self.at] if self.at < len(self.tokens) else ""
 
-    def take(self, expected: str = "") -> str:
-        token = self.peek()
-        if not token or (expected and token != expected):
+    def take(self) -> str:
+        if not self.peek():
             raise UnreadableError
         self.at += 1
-        return token
+        return self.tokens[self.at - 1]
 
-    def skip(self, *tokens: str) -> bool:
-        found = tuple(self.tokens[self.at : self.at + len(tokens)]) == tokens
-        self.at += len(tokens) * found
+    def skip(self, token: str) -> bool:
+        found = self.peek() == token
+        self.at += found
         return found
 
     def sum(self) -> Number:
         value = self.product()
-        while self.peek() in ("+", "-"):
-            value = value + self.product() if self.take() == "+" else value - self.product()
+        while self.peek() in _SUMS:
+            value = _SUMS[self.take()](value, self.product())
         return value
 
     def product(self) -> Number:
         value = self.signed()
-        while True:
-            token = self.peek()
-            if token in ("*", r"\cdot", r"\times"):
-                self.take()
-                value *= self.signed()
-            elif token in ("/", r"\div"):
-                self.take()
-                value /= self.signed()
-            elif self.starts_factor():
-                value *= self.power()
+        while self.peek() in _PRODUCTS or self.starts_factor():
+            if self.peek() in _PRODUCTS:
+                value = _PRODUCTS[self.take()](value, self.signed())
             else:
-                return value
+                value *= self.power()
+        return value
 
     def starts_factor(self) -> bool:
         """Tell whether a factor follows without a sign of multiplication: a number only behind ``)``, not as in x2."""
@@ -100,7 +129,7 @@ class _Evaluator:
         while self.peek() in ("!", "^"):
             if self.take() == "!":
                 value = _factorial(value)
-            elif self.skip(r"\circ") or self.skip("{", r"\circ", "}"):
+            elif self.skip(r"\circ"):
                 value = value * mp.pi / 180
             else:
                 value = _power(value, self.signed())
@@ -112,25 +141,21 @@ class _Evaluator:
             return self.number(token)
         if token in _CLOSING:
             return self.group(token)
-        if (token.isascii() and token.isalpha()) or token[1:] in GREEK:
+        if (token.isascii() and token.isalpha()) or token[1:] in GREEK or token in _CONSTANTS:
             return self.name(token)
         return self.command(token)
 
     def group(self, opening: str) -> Number:
         outer, self.in_bars = self.in_bars, opening == "|"
         value = self.sum()
-        self.take(_CLOSING[opening])
+        if not self.skip(_CLOSING[opening]):
+            raise UnreadableError
         self.in_bars = outer
-        if opening in (r"\lfloor", r"\lceil"):
-            return _floor(value) if opening == r"\lfloor" else -_floor(-value)
-        return abs(value) if opening == "|" else value
+        return _OF_GROUPS[opening](value) if opening in _OF_GROUPS else value
 
     def command(self, token: str) -> Number:
-        if token in (r"\frac", r"\binom"):
-            top, bottom = self.argument(), self.argument()
-            return (
-                top / bottom if token == r"\frac" else _factorial(top) / _factorial(bottom) / _factorial(top - bottom)
-            )
+        if token in _OF_TWO:
+            return _OF_TWO[token](self.argument(), self.argument())
         if token == r"\sqrt":
             degree = self.primary() if self.peek() == "[" else mpf(2)
             return _root(self.primary(), degree)
@@ -138,9 +163,7 @@ class _Evaluator:
             return self.function(token[1:])
         if token[1:] in ACCENTS:
             return self.name(token + self.raw())
-        if token not in _CONSTANTS:
-            raise UnreadableError
-        return +_CONSTANTS[token]
+        raise UnreadableError
 
     def number(self, token: str) -> Number:
         value = mpf(token)
@@ -156,7 +179,7 @@ class _Evaluator:
         r"""Return what stands after ``\frac``: a group, or a single digit, letter or command."""
         token = self.peek()
         if token.isdigit():
-            self.tokens[self.at : self.at + 1] = [*token[0], *filter(None, [token[1:]])]
+            self.tokens[self.at : self.at + 1] = filter(None, [token[0], token[1:]])
             return mpf(self.take())
         return self.primary()
 
@@ -169,12 +192,7 @@ class _Evaluator:
                 exponent = self.signed()
         bracketed = self.peek() in _CLOSING
         argument = self.primary() if bracketed else self.signed()
-        while (
-            not bracketed
-            and self.starts_factor()
-            and self.peek() not in ("(", "[")
-            and self.peek()[1:] not in FUNCTIONS
-        ):
+        while not bracketed and self.starts_factor() and self.peek() not in _NO_ARGUMENT:
             argument *= self.power()
         if exponent == -1:
             name, exponent = "arc" + name, None
@@ -187,13 +205,8 @@ class _Evaluator:
 
     def name(self, token: str) -> Number:
         letter = token
-        while self.peek() in ("_", "'", "^"):
-            if self.skip("_"):
-                token += "_" + self.raw()
-            elif self.skip("'") or self.skip("^", r"\prime") or self.skip("^", "{", r"\prime", "}"):
-                token += "'"
-            else:
-                break
+        while self.peek() in ("_", "'"):
+            token += "'" if self.take() == "'" else "_" + self.raw()
         if token in _CONSTANTS:
             return +_CONSTANTS[token]
         value = self.value_of(token)
@@ -230,37 +243,11 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
                 raise UnreadableError
             if evaluator.tokens in ([INFINITY], ["-", INFINITY], ["+", INFINITY]):
                 return value
-            if not mp.isfinite(value) or mp.mag(value) > _MAX_BITS:
+            bits = mp.mag(value)
+            tiny = value != 0 and bits < -_MAX_BITS and digits < 1000  # with more, it is what a difference leaves
+            if not mp.isfinite(value) or bits > _MAX_BITS or tiny:
                 raise UndefinedError
-            if value != 0 and mp.mag(value) < -_MAX_BITS:
-                if digits < 1000:
-                    raise UndefinedError
-                value = mpf(0)  # what is left of a difference
             noise = mpf(10) ** (10 - digits) * (1 + abs(mp.re(value)))
             return mp.re(value) if abs(mp.im(value)) <= noise else value
         except (ArithmeticError, ValueError, TypeError, RecursionError) as error:
             raise UndefinedError from error
-
-
-def _power(base: Number, exponent: Number) -> Number:
-    with mp.workprec(53):
-        if base != 0 and abs(exponent * mp.log(abs(base), 2)) > _MAX_BITS:
-            raise UndefinedError
-    return base**exponent
-
-
-def _root(value: Number, degree: Number) -> Number:
-    if mp.im(value) == 0 > mp.re(value) and mp.isint((degree - 1) / 2):
-        return -_power(-value, 1 / degree)  # the real one
-    return _power(value, 1 / degree)
-
-
-def _factorial(value: Number) -> Number:
-    if abs(value) > _MAX_FACTORIAL or (mp.dps > 100 and not mp.isint(value)):  # which would take seconds
-        raise UndefinedError
-    return mp.factorial(value)
-
-
-def _floor(value: Number) -> Number:
-    nearest = mp.nint(value)
-    return nearest if abs(nearest - value) < mpf(10) ** (10 - mp.dps) else mp.floor(value)

@@ -13,13 +13,10 @@ LogExtra = Callable[[str, list], None]
 LogMetric = Callable[[str, float], None]
 
 MAX_CHARS = 2000  # of an answer or a gold; a text beyond is neither
-_METRICS = {  # shares of the batch
-    "reward/unparseable_gold": ("unparseable_gold",),
-    "reward/no_answer": ("no_answer",),
-    "reward/unparseable_answer": ("unparseable_answer",),
-    "reward/timeout": ("timeout",),
-    "reward/error": ("crash", "error"),
-}
+_METRICS = [
+    f"reward/{kind}" for kind in ("unparseable_gold", "no_answer", "unparseable_answer", "timeout", "error")
+]  # shares of the batch
+_THOUGHT_AND_ANSWER = re.compile(r"<think>(?:(?!</?think>).)*</think>(?:(?!</?think>).)+", re.DOTALL)
 _PLAIN_INTEGER = re.compile(r"-?[1-9][0-9]{0,17}|0")
 
 
@@ -49,13 +46,10 @@ def compare_answers(
     Raises:
         RuntimeError: If no worker process can be started.
     """
-    outcomes = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
-    places = [place for place, outcome in enumerate(outcomes) if outcome is None]
-    if places:
-        pairs = [(golds[place] or "", answers[place] or "") for place in places]
-        for place, outcome in zip(places, shared_checker().check(pairs, time_limit), strict=True):
-            outcomes[place] = outcome
-    return [outcome for outcome in outcomes if outcome]
+    plain = [_compare_plainly(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
+    pairs = [(gold or "", answer or "") for gold, answer, done in zip(golds, answers, plain, strict=True) if not done]
+    checked = iter(shared_checker().check(pairs, time_limit) if pairs else ())
+    return [outcome or next(checked) for outcome in plain]
 
 
 class AccuracyReward:
@@ -122,9 +116,9 @@ class AccuracyReward:
             log_extra("verdict", [verdicts.get(outcome.why, "wrong") for outcome in outcomes])
             log_extra("why", [outcome.why for outcome in outcomes])
         if log_metric is not None and outcomes:
-            kinds = [outcome.why.partition(":")[0] for outcome in outcomes]
-            for name, counted in _METRICS.items():
-                log_metric(name, sum(kind in counted for kind in kinds) / len(kinds))
+            kinds = ["error" if outcome.why == "crash" else outcome.why.partition(":")[0] for outcome in outcomes]
+            for name in _METRICS:
+                log_metric(name, kinds.count(name.removeprefix("reward/")) / len(kinds))
         return [self.reward(outcome) for outcome in outcomes]
 
     def grade(self, completions: Sequence[Completion], solution: Sequence[Any]) -> list[Outcome]:
@@ -145,9 +139,7 @@ class AccuracyReward:
 
     def reward(self, outcome: Outcome) -> float | None:
         """Return the reward for an outcome; None if the gold could not be read."""
-        if outcome.why == "unparseable_gold":
-            return None
-        return {"equal": 1.0, "different": self.partial_credit}.get(outcome.why, 0.0)
+        return {"equal": 1.0, "different": self.partial_credit, "unparseable_gold": None}.get(outcome.why, 0.0)
 
 
 class AsyncAccuracyReward(AccuracyReward):
@@ -166,15 +158,7 @@ accuracy_reward_async = AsyncAccuracyReward()
 
 def format_reward(completions: Sequence[Completion], **kwargs: Any) -> list[float]:
     """Reward 1.0 for one thinking part, in ``<think>`` tags at the start, followed by an answer; 0.0 otherwise."""
-    texts = [completion_text(completion).strip() for completion in completions]
-    return [
-        float(
-            text.startswith("<think>")
-            and text.count("<think>") == text.count("</think>") == 1
-            and not text.endswith("</think>")
-        )
-        for text in texts
-    ]
+    return [float(bool(_THOUGHT_AND_ANSWER.fullmatch(completion_text(text).strip()))) for text in completions]
 
 
 def soft_overlong_punishment(max_completion_len: int, soft_punish_cache: int) -> Callable[..., list[float]]:

@@ -7,8 +7,8 @@ tasks that are not carried out (integrals, sums, limits): repeating the question
 
 import contextlib
 import re
-from dataclasses import dataclass, replace
-from functools import cache, lru_cache, reduce
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from itertools import pairwise
 from random import Random
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
-from cppo_trl.rewards.regions import EMPTY, REALS, Region, above, below, difference, intersection, point, union
+from cppo_trl.rewards.regions import EMPTY, REALS, Region, combined, solutions
 from cppo_trl.rewards.text import NUMBER, normalise, squash
-from cppo_trl.rewards.units import SCALES, Unit, known_unit, unit_of
+from cppo_trl.rewards.units import Unit, known_unit, unit_of
+from cppo_trl.rewards.words import WORDS
 
 POINTS = [(0.2, 3), (2, 9), (-3, -0.2), (-30, 30), (50, 500)]  # between which lie the numbers for symbols
 WHOLE_POINTS = 40  # whole numbers on top, for what is rounded
@@ -37,11 +38,17 @@ class Scalar:
     @property
     def symbols(self) -> frozenset[str]:
         """The names in the expression."""
-        return _symbols(self.text)
+        return _computed(self.text, 50, 0)[1]
+
+    @property
+    def decimal(self) -> tuple[int, int] | None:
+        """The numbers of significant digits and of decimal places, None of what is no decimal."""
+        match = _DECIMAL.fullmatch(self.text)
+        return match and (len((match[1] + match[2]).lstrip("0")), len(match[2]) - int(match[3] or 0))
 
     def value(self, digits: int = 50, place: int = 0) -> Number:
         """Return the value at one of the points, which are numbers for the symbols; raises UndefinedError."""
-        return _value(self.text, digits, place)
+        return _computed(self.text, digits, place)[0]
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,10 @@ class Relation:
 
 
 @lru_cache(maxsize=16384)
-def _value(text: str, digits: int, place: int) -> Number:
-    return evaluate(text, lambda name: _sample(name, place), digits)
+def _computed(text: str, digits: int, place: int) -> tuple[Number, frozenset[str]]:
+    """Return the value of an expression at one of the points, and the names in it."""
+    names: dict[str, Number] = {}
+    return evaluate(text, lambda name: names.setdefault(name, _sample(name, place)), digits), frozenset(names)
 
 
 @cache
@@ -78,13 +87,6 @@ def _sample(name: str, place: int) -> Number:
     if place >= len(POINTS):
         return mpf(place - len(POINTS) + Random(name).randint(1, 9))
     return mpf(Random(f"{name} {place}").uniform(*POINTS[place]))
-
-
-@lru_cache(maxsize=16384)
-def _symbols(text: str) -> frozenset[str]:
-    names: dict[str, Number] = {}
-    evaluate(text, lambda name: names.setdefault(name, _sample(name, 0)), 15)
-    return frozenset(names)
 
 
 @lru_cache(maxsize=16384)
@@ -96,8 +98,8 @@ def read(text: str) -> tuple[Any, str]:
         UndefinedError: If it has no value, as ``1/0`` and ``2 + 2 = 5``.
     """
     text = normalise(text)
-    _depths(text)  # the brackets match
-    if not re.search(r"\w|\\infty", text) and not _known_words(text):
+    _outside(text)  # the brackets match
+    if not re.search(r"\w", text):
         raise UnreadableError
     return _statements(text), squash(text)
 
@@ -106,38 +108,28 @@ _PARTS = re.compile(r'"[^"]*"|\\begin\{[a-z]*\*?\}|\\end\{[a-z]*\*?\}|\\[a-zA-Z]
 _BRACKETS = {**dict.fromkeys(["(", "[", "{", r"\{", r"\beg"], 1), **dict.fromkeys([")", "]", "}", r"\}", r"\end"], -1)}
 
 
-def _depths(text: str) -> list[tuple[str, int]]:
-    """Return the parts of a text, each with the depth of the brackets around what follows; raises UnreadableError."""
-    parts, depth = [], 0
+def _outside(text: str) -> str:
+    """Return a text with what is inside brackets blotted out; raises UnreadableError if they do not match."""
+    outside, depth = "", 0
     for part in _PARTS.findall(text):
-        depth += _BRACKETS.get(part[:4], 0)
+        before, depth = depth, depth + _BRACKETS.get(part[:4], 0)
         if not 0 <= depth <= MAX_DEPTH:
             raise UnreadableError
-        parts.append((part, depth))
+        outside += "\0" * len(part) if before and depth else part
     if depth:
         raise UnreadableError
-    return parts
+    return outside
 
 
 def _split(text: str, separators: str) -> tuple[list[str], list[str]]:
     """Split at separators outside all brackets; returns the pieces and the separators between them."""
-    if not re.search(separators, text):
-        return [text.strip()], []
-    outside, depth = "", 0  # the text with what is inside brackets blotted out
-    for part, after in _depths(text):
-        outside += part if depth == after == 0 else "\0" * len(part)
-        depth = after
-    pieces, signs, at = [], [], 0
-    for match in re.finditer(separators, outside):
-        pieces.append(text[at : match.start()].strip())
-        signs.append(match[0].strip())
-        at = match.end()
-    return [*pieces, text[at:].strip()], signs
+    signs = list(re.finditer(separators, _outside(text))) if re.search(separators, text) else []
+    starts, ends = [0, *(sign.end() for sign in signs)], [*(sign.start() for sign in signs), len(text)]
+    pieces = [text[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+    return pieces, [sign[0].strip() for sign in signs]
 
 
 def _statements(text: str) -> Any:
-    if (known := _known_words(text)) is not None:
-        return known
     pieces, separators = _split(text, r"[,;]|\b(?:and|or)\b")
     try:
         return _together([_statement(piece) for piece in pieces if piece], set(separators))
@@ -150,10 +142,7 @@ def _words(text: str) -> str:
     return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
 
 
-_NUMERALS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
+_NUMERALS = WORDS["numerals"].split()
 
 
 def _known_words(text: str) -> Any:
@@ -161,36 +150,38 @@ def _known_words(text: str) -> Any:
     plain = text.replace('"', "").strip(" .()").lower()
     if plain in _NUMERALS:
         return Scalar(str(_NUMERALS.index(plain)))
-    if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset|\\\{\s*\\\}", plain):
+    if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset", plain):
         return EMPTY
     return REALS if re.fullmatch(r"ℝ|(?:the )?(?:set of )?(?:all )?reals?(?: numbers)?", plain) else None
 
 
 def _together(values: list[Any], separators: set[str]) -> Any:
     """Return what several statements state together."""
-    items = [part for value in values for part in (value.items if _is_list(value) else [value])]
+    items = _flat(values)
     if len(items) == 1:
         return items[0]
     if not 0 < len(items) <= MAX_ITEMS:
         raise UnreadableError
-    regions = [item for item in items if isinstance(item, Region) and item.name]
-    if len(regions) == len(items) and len({region.name for region in regions}) == 1:
-        if separators == {"or"}:
-            return reduce(union, regions)
-        if separators == {"and"} or all(region.inside == (True, False, True) for region in regions):
-            return _not_empty(reduce(intersection, regions))
     names = {item.name if isinstance(item, Named) else isinstance(item, Scalar) or None for item in items}
-    if isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
+    regions = [item.value for item in items if isinstance(item, Named) and isinstance(item.value, Region)]
+    if len(regions) == len(items) and len(names) == 1:
+        if separators == {"or"}:
+            return Named(items[0].name, combined(regions, any))
+        if separators == {"and"} or all(region.cells() == [False, True, True] for region in regions):  # x != 1, x != 2
+            return Named(items[0].name, _not_empty(combined(regions, all)))
+    if not regions and isinstance(items[0], Named) and names <= {items[0].name, True}:  # x = 1, 2 and x = 1 or x = 2
         items = [item.value if isinstance(item, Named) else item for item in items]
     return Many(",", tuple(items))
 
 
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Many) and value.kind == ","
+def _flat(values: list[Any]) -> list[Any]:
+    """Return the values, those of bare lists one by one."""
+    lists = [value.items if isinstance(value, Many) and value.kind == "," else [value] for value in values]
+    return [item for items in lists for item in items]
 
 
 _TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
-_LESS = {">": "<", r"\geq": r"\leq"}
+_MIRRORED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
 _IN_BARS = re.compile(r"\|\s*([^|]+)\|\s*(<|>|\\leq|\\geq)(.+)")
 
 
@@ -203,15 +194,15 @@ def _statement(text: str) -> Any:
         return _together([_statement(one) for one in both], {","})
     if (bars := _IN_BARS.fullmatch(text)) and _name(bars[1].strip()):  # |x| < 3
         name, sign, bound = bars.groups()
-        if sign in _LESS:
-            return _statements(f"{name} {_LESS[sign]} -({bound}) or {name} {sign} {bound}")
+        if sign in (">", r"\geq"):
+            return _statements(f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}")
         return _statement(f"-({bound}) {sign} {name} {sign} {bound}")
     sides, signs = _split(text, r"<|>|=|\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])")
     if not signs:
         return _item(text)
     if signs == [r"\in"]:
-        value = _item(sides[1])
-        return replace(value, name=_name(sides[0]) or "") if isinstance(value, Region) else value
+        name, value = _name(sides[0]), _item(sides[1])
+        return Named(name, value) if name and isinstance(value, Region) else value
     return _equation(sides, signs) if set(signs) <= {"=", r"\approx"} else _inequality(sides, signs)
 
 
@@ -228,60 +219,59 @@ def _equation(sides: list[str], signs: list[str]) -> Any:
         raise UnreadableError
     elif len(sides) == 2 and (values[0].symbols or values[1].symbols):
         return Relation("=", Scalar(f"({values[0].text})-({values[1].text})"))
-    exact = signs.index(r"\approx") if r"\approx" in signs else len(signs)
-    for left, right in pairwise(values[: exact + 1]):
-        if not isinstance(left, Scalar) or not isinstance(right, Scalar) or left.symbols | right.symbols:
-            raise UnreadableError
-        if not same_number(left, right):
-            raise UndefinedError  # 2 + 2 = 5
-    for rounded in values[exact + 1 :]:
-        if not (isinstance(rounded, Scalar) and is_near(values[exact], rounded)):
-            raise UndefinedError
-    return Named(name, values[exact]) if name else values[exact]
+    first = signs.index(r"\approx") if r"\approx" in signs else len(signs)
+    stated, rounded = values[: first + 1], values[first + 1 :]
+    if len(stated) > 1 and not all(map(_is_constant, stated)):
+        raise UnreadableError
+    equal = all(same_number(*pair) for pair in pairwise(stated))
+    if not equal or not all(_is_near(stated[-1], value) for value in rounded):
+        raise UndefinedError  # 2 + 2 = 5
+    return Named(name, stated[-1]) if name else stated[-1]
 
 
-def is_near(exact: Any, rounded: Scalar) -> bool:
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, Scalar) and not value.symbols
+
+
+def _is_near(exact: Any, rounded: Any) -> bool:
     """Tell whether a decimal differs from a number by less than its last place; true of what is no decimal."""
-    decimal = DECIMAL.fullmatch(rounded.text)
-    if not decimal or not isinstance(exact, Scalar) or exact.symbols:
-        return True
-    return abs(exact.value() - rounded.value()) <= mpf(10) ** (int(decimal[5] or 0) - len(decimal[3]))
+    if not isinstance(rounded, Scalar) or not rounded.decimal or not _is_constant(exact):
+        return isinstance(rounded, Scalar)
+    return abs(exact.value() - rounded.value()) <= mpf(10) ** -rounded.decimal[1]
 
 
 def _inequality(sides: list[str], signs: list[str]) -> Any:
     bounds = [None if _name(side) else real(_item(side)) for side in sides]
     if None not in bounds:
         raise UndefinedError  # 0 < 1
-    unknown = bounds.index(None)
-    if bounds.count(None) == 1 and len(signs) < 3 and (name := _name(sides[unknown])):
-        region = replace(REALS, name=name)
-        for place, sign in enumerate(signs):
-            name_first = place == unknown
-            bound, closed = bounds[place + name_first], "eq" in sign
-            if sign == r"\neq":
-                part = difference(REALS, point(bound))
-            else:
-                part = (below if (sign in ("<", r"\leq")) == name_first else above)(bound, closed)
-            region = intersection(region, part)
-        return _not_empty(region)
+    solved = bounds.count(None) == 1 and (len(sides) == 2 or (len(sides) == 3 and bounds[1] is None))
+    if solved and (name := _name(sides[bounds.index(None)])):
+        parts = [
+            solutions(sign, right) if left is None else solutions(_MIRRORED.get(sign, sign), left)
+            for left, sign, right in zip(bounds[:-1], signs, bounds[1:], strict=True)
+        ]
+        return Named(name, _not_empty(combined(parts, all)))
     values = [_item(side) for side in sides]
     if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
         raise UnreadableError
-    left, right = values[::-1] if signs[0] in _LESS else values
-    return Relation(_LESS.get(signs[0], signs[0]), Scalar(f"({left.text})-({right.text})"))
+    left, right = values
+    if signs[0] in (">", r"\geq"):
+        return Relation(_MIRRORED[signs[0]], Scalar(f"({right.text})-({left.text})"))
+    return Relation(signs[0], Scalar(f"({left.text})-({right.text})"))
 
 
 def _not_empty(region: Region) -> Region:
-    if True not in region.inside:
+    if not any(region.cells()):
         raise UndefinedError  # x < 1 and x > 2
     return region
 
 
 def same_number(left: Scalar, right: Scalar) -> bool:
     """Tell whether two expressions have one value: at the points where both are real, or else where both have one."""
-    symbolic, rounded = left.symbols | right.symbols, r"\l" in re.sub(r"\\l[^fc]", "", left.text + right.text)
+    symbolic = left.symbols | right.symbols
+    places = len(POINTS) + (WHOLE_POINTS if re.search(r"\\l(?:floor|ceil)", left.text + right.text) else 0)
     pairs = {}
-    for place in range(len(POINTS) + WHOLE_POINTS * rounded if symbolic else 1):
+    for place in range(places if symbolic else 1):
         with contextlib.suppress(UndefinedError):
             pairs[place] = left.value(50, place), right.value(50, place)
     real_pairs = {place: pair for place, pair in pairs.items() if mp.im(pair[0]) == 0 == mp.im(pair[1])}
@@ -303,7 +293,7 @@ def close(left: Number, right: Number, digits: int) -> bool:
 
 def real(value: Any) -> Any:
     """Return the value of a real constant, None of anything else."""
-    number = value.value() if isinstance(value, Scalar) and not value.symbols else 1j
+    number = value.value() if _is_constant(value) else 1j
     return number if mp.im(number) == 0 else None
 
 
@@ -312,7 +302,7 @@ _LETTER = rf"(?:[a-zA-Z]|\\(?:{'|'.join(sorted(GREEK))})(?![a-zA-Z]))"
 _NAME = re.compile(
     rf"(?:{_LETTER}|m?\s*\\(?:angle|triangle)\s*[A-Z]+|\\(?:vec|overrightarrow|hat|bar|overline|tilde)\s*(?:\{{[^{{}}]*\}}|\w)"
     rf'|[A-Z]{{2,4}}|"[^"]+"|\\frac\s*\{{\s*d\s*\w\s*\}}\s*\{{\s*d\s*\w\s*\}}|\\(?:sin|cos|tan)\s*{_LETTER}){_SUBSCRIPT}'
-    rf"(?:'|\^\{{?(?:-1|\\prime)\}}?)*(?P<call>\s*\([^()=<>]*\))?"
+    rf"(?:'|\^\{{?-1\}}?)*(?P<call>\s*\([^()=<>]*\))?"
     rf"|\(\s*{_LETTER}{_SUBSCRIPT}(?:\s*,\s*{_LETTER}{_SUBSCRIPT})+\s*\)"
 )
 _FACTORS = "abcdeiklmnorstuvxyz"  # before parentheses a factor, unless these hold one number or t
@@ -325,7 +315,8 @@ def _name(text: str) -> str | None:
     return re.sub(r'[\s{}"]', "", text) if name and not product else None
 
 
-_SET_SIGNS = {r"\cup": union, r"\cap": intersection, r"\setminus": difference}
+_SET_SIGNS = {r"\cup": any, r"\cap": all, r"\setminus": lambda held: held == [True, False]}
+_END_SIGNS = {"(": ">", "[": r"\geq", ")": "<", "]": r"\leq"}
 
 
 def _item(text: str) -> Any:
@@ -337,14 +328,15 @@ def _item(text: str) -> Any:
         return _set_operation([_item(piece) for piece in pieces], signs)
     if r"\begin" in text:
         return _matrix(text)
-    parts = _depths(text)
-    if len(parts) > 1 and parts[0][0] in _BRACKETS and all(depth for _, depth in parts[:-1]):
-        value = _bracketed(parts[0][0], text[len(parts[0][0]) : -len(parts[-1][0])].strip(), parts[-1][0])
+    if brackets := _IN_BRACKETS.fullmatch(_outside(text)):
+        opening, closing = brackets.groups()
+        value = _bracketed(opening, text[len(opening) : -len(closing)].strip(), closing)
         if value is not None:
             return value
     return _words(text) if _WORDS.fullmatch(text) else _number(text)
 
 
+_IN_BRACKETS = re.compile(r"(\(|\[|\\?\{)\0*(\)|\]|\\?\})")
 _WORDS = re.compile(
     r"\d\w*_(?:\{\d+\}|\d+)"  # 101_2: a number in another base equals itself only
     r'|(?=[a-zA-Z"])(?:(?=.*")|[Nn]o$|(?=.*[a-zA-Z]{3})(?=.*[aeiouyAEIOUY]))[^\\^_=+*/<>|]*'
@@ -365,7 +357,7 @@ def _set_operation(values: list[Any], signs: list[str]) -> Any:
     regions = [region_of(value) for value in values]
     result = regions[0]
     for sign, region in zip(signs, regions[1:], strict=True):
-        result = result and region and _SET_SIGNS[sign](result, region)
+        result = result and region and combined([result, region], _SET_SIGNS[sign])
     if result is None and set(signs) != {r"\cup"}:
         raise UnreadableError
     return result or Many("{}", tuple(values))
@@ -375,13 +367,14 @@ def region_of(value: Any) -> Region | None:
     """Return a value as a set of real numbers, or None if it is none."""
     if isinstance(value, Region) or not isinstance(value, Many):
         return value if isinstance(value, Region) else None
-    ends = [end for item in value.items if (end := real(item)) is not None]
-    if not ends or len(ends) < len(value.items):
+    ends = [real(item) for item in value.items]
+    if not ends or None in ends:
         return None
-    if value.kind == "{}":
-        return reduce(union, map(point, ends))
-    if value.kind in ("()", "[)", "(]", "[]") and len(ends) == 2 and ends[0] < ends[1]:
-        return intersection(above(ends[0], value.kind[0] == "["), below(ends[1], value.kind[1] == "]"))
+    if value.kind == "{}" and all(map(mp.isfinite, ends)):
+        return combined([solutions("=", end) for end in ends], any)
+    if set(value.kind) <= set(_END_SIGNS) and len(ends) == 2 and ends[0] < ends[1]:
+        halves = [solutions(_END_SIGNS[mark], end) for mark, end in zip(value.kind, ends, strict=True)]
+        return combined(halves, all)
     return None
 
 
@@ -391,11 +384,12 @@ def _bracketed(opening: str, inside: str, closing: str) -> Any:
         head, signs = _split(inside, r"[|:]")
         if signs and (_name(head[0]) or r"\in" in head[0]):
             condition = _statements(inside[inside.index(signs[0], len(head[0])) + 1 :].replace(",", " and "))
-            return replace(condition, name="") if isinstance(condition, Region) else re.sub(r"\s", "", f"{{{inside}}}")
+            solved = isinstance(condition, Named) and isinstance(condition.value, Region)
+            return condition.value if solved else re.sub(r"\s", "", f"{{{inside}}}")
     pieces, signs = _split(inside, "[,;]")
     items = [_statement(piece) for piece in pieces] if signs or opening == r"\{" else []
     if opening == r"\{" or (opening == "{" and signs):
-        return Many("{}", tuple(part for item in items for part in (item.items if _is_list(item) else [item])))
+        return Many("{}", tuple(_flat(items)))
     if signs:
         return Many(opening + closing, tuple(items))
     return _item(inside) if r"\begin" in inside else None
@@ -409,15 +403,13 @@ def _matrix(text: str) -> Many:
     if not match or r"\begin" in match[2]:
         raise UnreadableError
     rows = [tuple(_item(cell.strip()) for cell in row.split("&")) for row in match[2].split(r"\\") if row.strip()]
-    if len({len(row) for row in rows}) != 1:
-        raise UnreadableError
     return Many("matrix", tuple(Many("row", row) for row in rows))
 
 
 _PLAIN_VALUE = rf"[-+]?\s*(?:{NUMBER}|\d+\s*/\s*\d+|\d*\\frac\s*\{{\d+\}}\s*\{{\d+\}})\.?"
 _EXPONENT = r"(?:\s*\^\s*\{?\s*-?\d\s*\}?)?"
 _PERCENT = re.compile(r'(.*[\d)}.])\s*(?:\\?%|"?\s*(?:percent|per cent|pct|percentage)\s*"?)')
-_DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\{?\s*\\circ\s*\}?\s*"?\s*([CF]?)\s*"?')
+_DEGREE = re.compile(r'((?!.*\\(?:sin|cos|tan|cot|sec|csc)).*[\d}])\s*\^\s*\\circ\s*"?\s*([CF]?)\s*"?')
 _STYLED_UNIT = re.compile(
     rf'(.*?[\w)}}!\]])\s*("[^"]+"{_EXPONENT}(?:\s*(?:(?:/|\\cdot)\s*(?:"[^"]+"|[a-zA-Z]+)|"[^"]+"){_EXPONENT})*)'
 )
@@ -453,8 +445,8 @@ def _strip_unit(text: str) -> tuple[str, str]:
     return (value, unit) if known or '"' in text or word_like else (text, "")
 
 
-DECIMAL = re.compile(
-    r"([-+]?)\s*(\d*)\.?(\d*)\s*(\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
+_DECIMAL = re.compile(
+    r"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
 )
 
 
@@ -463,11 +455,9 @@ def _scalar(text: str) -> Scalar:
     if _PROSE.search(value):
         raise UnreadableError
     first, _, rest = unit.partition(" ")
-    if first.lower() in SCALES:
-        value, unit = f"({value})*{SCALES[first.lower()]}", rest
-    elif first.lower() in ("squared", "cubed"):
-        value, unit = f"({value})^{2 if first[0] in 'sS' else 3}", rest
-    cut = bool(DECIMAL.fullmatch(value)) and r"\ldots" in value
+    if first.lower() in WORDS["scales"]:
+        value, unit = f"({value}){WORDS['scales'][first.lower()]}", rest
+    cut = bool(_DECIMAL.fullmatch(value)) and r"\ldots" in value
     scalar = Scalar(value.replace(r"\ldots", "") if cut else value, unit_of(unit) if unit else None, cut)
     scalar.value()  # it has one
     return scalar

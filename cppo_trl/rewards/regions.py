@@ -1,15 +1,17 @@
 """Sets of real numbers: what intervals, unions and solved inequalities leave."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import eq, ge, gt, le, lt, ne
 
 from mpmath import mp, mpf
 
-_CLOSE = mpf(10) ** -40  # marks nearer than this, relative to their size, are one
+_CLOSE = mpf(10) ** -40  # numbers nearer than this, relative to their size, are one
 
 
 def _same(left: mpf, right: mpf) -> bool:
-    return left == right or abs(left - right) <= _CLOSE * max(1, abs(left), abs(right))
+    return left == right or abs(left - right) < _CLOSE * max(1, abs(left), abs(right))
 
 
 @dataclass(frozen=True)
@@ -17,73 +19,38 @@ class Region:
     """A set of real numbers with finitely many boundaries.
 
     Attributes:
-        marks: The boundaries, ascending.
-        inside: Whether a cell belongs to the set: the gap below the first mark, the mark, the gap above it, ...
-        name: The variable it is stated for, if any.
+        contains: Tells whether a number belongs to the set.
+        marks: The boundaries, in any order; between two of them all numbers belong to the set, or none.
     """
 
-    marks: tuple[mpf, ...]
-    inside: tuple[bool, ...]
-    name: str = ""
+    contains: Callable[[mpf], bool]
+    marks: tuple[mpf, ...] = ()
 
-    def contains(self, number: mpf) -> bool:
-        """Tell whether a number belongs to the set."""
-        for place, mark in enumerate(self.marks):
-            if _same(number, mark):
-                return self.inside[2 * place + 1]
-            if number < mark:
-                return self.inside[2 * place]
-        return self.inside[-1]
-
-    def combine(self, other: "Region", keep: Callable[[bool, bool], bool]) -> "Region":
-        """Return the numbers for which ``keep`` holds of whether they are in this set and in the other."""
-        marks: list[mpf] = []
-        for mark in sorted(self.marks + other.marks):
-            if not marks or not _same(marks[-1], mark):
-                marks.append(mark)
-        probes = [marks[0] - 1] if marks else [mpf(0)]
-        for mark, above in zip(marks, [*marks[1:], marks[-1] + 2] if marks else [], strict=True):
-            probes += [mark, (mark + above) / 2]
-        inside = [keep(self.contains(probe), other.contains(probe)) for probe in probes]
-        for place in reversed(range(len(marks))):  # a mark between like cells is none
-            if inside[2 * place] == inside[2 * place + 1] == inside[2 * place + 2]:
-                del marks[place], inside[2 * place : 2 * place + 2]
-        return Region(tuple(marks), tuple(inside), self.name)
+    def cells(self) -> list[bool]:
+        """Tell of each boundary, and then of each gap between them, whether it belongs to the set."""
+        marks = [mark for mark in sorted(self.marks) if mp.isfinite(mark)] or [mpf(0)]
+        gaps = [(low + high) / 2 for low, high in pairwise(marks)]
+        ends = [marks[0] - abs(marks[0]) - 1, marks[-1] + abs(marks[-1]) + 1]
+        return [self.contains(number) for number in marks + gaps + ends]
 
     def equals(self, other: "Region") -> bool:
-        """Tell whether both hold the same numbers and are stated for one variable."""
-        same_name = not self.name or not other.name or self.name == other.name
-        return same_name and self.inside == other.inside and all(map(_same, self.marks, other.marks))
+        """Tell whether both hold the same numbers."""
+        return not any(combined([self, other], lambda held: held[0] != held[1]).cells())
 
 
-EMPTY, REALS = Region((), (False,)), Region((), (True,))
+EMPTY, REALS = Region(lambda _: False), Region(lambda _: True)
 
 
-def point(number: mpf) -> Region:
-    """Return the set of one number."""
-    return Region((number,), (False, True, False))
+_HOLDS = {"=": eq, r"\neq": ne, "<": lt, r"\leq": le, ">": gt, r"\geq": ge}
 
 
-def below(bound: mpf, closed: bool = False) -> Region:
-    """Return the numbers below a bound, which may be infinite."""
-    return Region((bound,), (True, closed, False)) if mp.isfinite(bound) else (REALS if bound > 0 else EMPTY)
+def solutions(sign: str, bound: mpf) -> Region:
+    r"""Return the numbers that stand left of a sign with a bound, which may be infinite, on its right."""
+    holds = _HOLDS[sign]
+    return Region(lambda number: holds(bound if _same(number, bound) else number, bound), (bound,))
 
 
-def above(bound: mpf, closed: bool = False) -> Region:
-    """Return the numbers above a bound, which may be infinite."""
-    return below(bound, not closed).combine(EMPTY, lambda mine, _: not mine)
-
-
-def union(one: Region, other: Region) -> Region:
-    """Return the numbers in either set."""
-    return one.combine(other, lambda a, b: a or b)
-
-
-def intersection(one: Region, other: Region) -> Region:
-    """Return the numbers in both sets."""
-    return one.combine(other, lambda a, b: a and b)
-
-
-def difference(one: Region, other: Region) -> Region:
-    """Return the numbers in the first set that are not in the other."""
-    return one.combine(other, lambda a, b: a and not b)
+def combined(regions: Sequence[Region], keep: Callable[[list[bool]], bool]) -> Region:
+    """Return the numbers for which ``keep`` holds of whether they are in each of some sets."""
+    marks = tuple(mark for region in regions for mark in region.marks)
+    return Region(lambda number: keep([region.contains(number) for region in regions]), marks)

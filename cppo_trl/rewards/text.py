@@ -7,59 +7,31 @@ import re
 from collections.abc import Callable
 
 from cppo_trl.rewards.expressions import FUNCTIONS
-from cppo_trl.rewards.units import SCALES, UNIT_LETTERS
+from cppo_trl.rewards.units import known_unit
+from cppo_trl.rewards.words import WORDS
 
 NUMBER = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-_SYMBOLS = str.maketrans(
-    {
-        "–": "-", "—": "-", "−": "-", "‑": "-", "﹣": "-", "，": ",", "．": ".", "：": ":", "％": "%", "＝": "=",
-        "（": "(", "）": ")", "\N{NO-BREAK SPACE}": " ", "\N{NARROW NO-BREAK SPACE}": " ", "\N{THIN SPACE}": " ",
-        "×": r"\times ", "⋅": r"\cdot ", "·": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "∞": r"\infty ", "π": r"\pi ",
-        "²": "^2", "³": "^3", "½": r"\frac{1}{2}", "⅓": r"\frac{1}{3}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
-        "⅔": r"\frac{2}{3}", "°": r"^\circ ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "∪": r"\cup ",
-        "∩": r"\cap ", "∅": r"\emptyset ", "∈": r"\in ", "±": r"\pm ", "⁄": "/", "≈": r"\approx ", "θ": r"\theta ",
-        "…": r"\ldots ", "′": "'", "’": "'", '"': " ", "“": " ", "”": " ", "；": ";", "、": ",", "∠": r"\angle ",
-    }
-)  # fmt: skip
-_COMMANDS = {
-    alias: command
-    for command, aliases in {
-        r"\leq ": "le leqslant leqq", r"\geq ": "ge geqslant geqq", r"\neq ": "ne", "<": "lt", ">": "gt",
-        r"\emptyset ": "varnothing", r"\{": "lbrace", r"\}": "rbrace", "(": "langle lparen", ")": "rangle rparen",
-        "|": "mid vert lvert rvert", r"\ldots ": "dots cdots dotsc dotsb", " or ": "lor vee", " and ": "land wedge",
-        ":": "colon", r"^\circ ": "degree", r"\approx ": "simeq", r"\setminus ": "backslash smallsetminus",
-        r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", r"\cdot ": "bullet", "*": "ast", "i": "imath",
-        "ℝ": "R reals Reals", " ": "quad qquad thinspace space", "": "left right displaystyle textstyle limits "
-        "big Big bigl bigr Bigl Bigr bigg Bigg biggl biggr Biggl Biggr bf rm it sf tt bold normalsize nonumber",
-    }.items()
-    for alias in aliases.split()
-}  # fmt: skip
-_CURRENCIES = {"$": "dollar", "€": "euro", "£": "lb", "₹": "rupee", "¥": "yuan"}
-_CURRENCIES |= {"USD": "dollar", "EUR": "euro", "GBP": "lb", "Rs": "rupee"}
+_SPELLINGS = {alias: spelling for spelling, aliases in WORDS["spellings"].items() for alias in aliases.split()}
+_SIGNS = str.maketrans({alias: spelling for alias, spelling in _SPELLINGS.items() if not re.match("[a-zA-Z]", alias)})
+_UNIT_LETTERS = set("mgshLlNJWVAK")  # a unit only in a style or behind a space: 5 m
 _CURRENCY = r"\\?(\$|€|£|₹|¥|\b(?:USD|EUR|GBP|Rs)\b)\.?"
 _STYLE = re.compile(
     r"\\(?:text(?:bf|rm|it|normal|sf|tt)?|math(?:rm|bf|it|sf|cal|frak)|mbox|boldsymbol|bm|operatorname\*?|underline|emph|"
     r"(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
 )
 _DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
-_LEAD_IN = re.compile(
-    r"[^\d:]*(?:\b(?:is|are|equals|equal to|be|get|gives|obtain|have|was|by)|[:=])\s*|\W*", re.IGNORECASE
-)
-_DOUBT = re.compile(
-    r"n't\b|\b(?:not|never|cannot|no|if|unless|or|nor|maybe|perhaps|than|except|wrong|false)\b", re.IGNORECASE
-)
+_LEAD_IN = re.compile(rf"(?i)[^\d:]*(?:\b(?:{'|'.join(WORDS['lead-ins'])})|[:=])\s*|\W*")
+_DOUBT = re.compile(rf"(?i)n't\b|\b(?:{'|'.join(WORDS['doubts'])})\b")
 _UNIT_BEHIND = re.compile(r"\s*(?!(?:is|are|was|if|and|or|not|but|for|when|where)\b)(?:[a-zA-Z.]+\s*){0,3}[.\s]*")
 
 
 def _styled(match: re.Match[str]) -> str:
     words = match[1].strip(" ~")
-    if words in ("and", "or"):
+    if words in ("and", "or", *FUNCTIONS):
         return f" {words} "
-    if words in FUNCTIONS:
-        return rf"\{words} "
     before = match.string[: match.start()].rstrip(" ~\\,")[-1:]
     if len(words) < 2 or re.match(r"[-+.\d(]", words) or re.search(r"[\\+=^_<>]", words):
-        return f' "{words}" ' if words in UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
+        return f' "{words}" ' if words in _UNIT_LETTERS and re.match(r'[\d})"/]', before) else words
     return f' "{words}" '
 
 
@@ -72,25 +44,24 @@ def _repeating(match: re.Match[str]) -> str:
 _SPACE = r"(?<!\\)\\[,;:! ]|~"
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _THOUSANDS_OUTSIDE = re.compile(rf"\([^()]*\)|\[[^\[\]]*\]|\\\{{.*?\\\}}|{_THOUSANDS.pattern}")
+_SPACED_THOUSANDS = (
+    r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)"
+)
+_PRICE = rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(WORDS['scales'])})\b)?"
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right)\s*\.", ""),
-    (
-        r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)",
-        lambda m: re.sub(r"\D", "", m[0]),
-    ),
+    (_SPACED_THOUSANDS, lambda m: re.sub(r"\D", "", m[0])),
     (_SPACE, " "),
-    (
-        r"\\mathbb\s*\{?\s*([A-Z])\s*\}?|\\mathbf\s*\{?\s*(R)\s*\}?",
-        lambda m: "ℝ" if "R" in m.groups() else f'"{m[1]}"',
-    ),
-    (r"\\([a-zA-Z]+)\s*", lambda m: _COMMANDS.get(m[1], m[0])),
+    (r"\\math(?:bb|bf)\s*\{?\s*R\s*\}?", "ℝ"),
+    (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r'"\1"'),
+    (r"\\([a-zA-Z]+)\s*", lambda m: _SPELLINGS.get(m[1], m[0])),
     (r"(?<!\\)\\(\d)", r"\1"),
-    (
-        rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(SCALES)})\b)?",
-        lambda m: f'{m[2]}{m[3] or ""} "{_CURRENCIES[m[1]]}"',
-    ),
-    (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{_CURRENCIES[m[2]]}"'),
+    (_PRICE, lambda m: f'{m[2]}{m[3] or ""} "{known_unit(m[1])}"'),
+    (rf"(?<![\d,.])({NUMBER})\s*{_CURRENCY}", lambda m: f'{m[1]} "{known_unit(m[2])}"'),
     (r"(?<!\\)\\[()]|(?<!\\)\\[\[\]]|\\?\$", ""),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"\^ ?(?:\{ ?\\prime ?\}|\\prime(?![a-zA-Z]))", "'"),
+    (r"\^ ?\{ ?\\circ ?\}", r"^\\circ "),
     (r"\*\*", "^"),
     (r"<=|=<", r"\\leq "),
     (r">=", r"\\geq "),
@@ -104,26 +75,24 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![_^]\d)(?<!\\frac \d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ", "),
     (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
     (r"^\\approx\s*", ""),
+    (
+        rf'"[^"]*"|(?<![\\a-zA-Z])({"|".join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])',
+        lambda m: f"\\{m[1].replace('infinity', 'infty')} " if m[1] else m[0],
+    ),
     (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
 ]
-_RULES = [(re.compile(pattern), replacement) for pattern, replacement in _REWRITES]
-_BARE_COMMAND = re.compile(rf"(?<![\\a-zA-Z])({'|'.join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])")
 
 
 def normalise(text: str) -> str:
     """Return a text in one spelling: separators of thousands, styles, currencies and synonyms of commands resolved."""
-    text = _out_of_prose(" ".join(text.translate(_SYMBOLS).split()).strip("*_ "))
+    text = _out_of_prose(" ".join(text.translate(_SIGNS).split()).strip("*_ "))
     while (styled := _STYLE.sub(_styled, text)) != text:
         text = styled
-    for pattern, replacement in _RULES:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in _REWRITES:
+        text = re.sub(pattern, replacement, text)
     thousands = _THOUSANDS if ", " in text else _THOUSANDS_OUTSIDE  # (1,000, 2) has a thousand, (1,000) perhaps not
     text = thousands.sub(lambda match: match[0] if match[0][0] in "([\\" else match[0].replace(",", ""), text)
-    parts = re.split('("[^"]*")', text)
-    parts[::2] = [
-        _BARE_COMMAND.sub(lambda m: "\\" + m[1].replace("infinity", "infty") + " ", part) for part in parts[::2]
-    ]
-    text = " ".join("".join(parts).split())
+    text = " ".join(text.split())
     return text if text.endswith(r"\.") else text.rstrip(" .,;:")
 
 

@@ -16,8 +16,8 @@ from cppo_trl.rewards import (
     soft_overlong_punishment,
 )
 from cppo_trl.rewards import audit as audit_module
+from cppo_trl.rewards.__main__ import main
 from cppo_trl.rewards.audit import audit_golds
-from cppo_trl.rewards.command import main
 
 pytestmark = pytest.mark.timeout(120)
 
