@@ -142,14 +142,11 @@ def _words(text: str) -> str:
     return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
 
 
-_NUMERALS = WORDS["numerals"].split()
-
-
 def _known_words(text: str) -> Any:
     """Return the value of words that have one."""
     plain = text.replace('"', "").strip(" .()").lower()
-    if plain in _NUMERALS:
-        return Scalar(str(_NUMERALS.index(plain)))
+    if plain in WORDS["numerals"]:
+        return Scalar(str(WORDS["numerals"].index(plain)))
     if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset", plain):
         return EMPTY
     return REALS if re.fullmatch(r"ℝ|(?:the )?(?:set of )?(?:all )?reals?(?: numbers)?", plain) else None
@@ -445,9 +442,8 @@ def _strip_unit(text: str) -> tuple[str, str]:
     return (value, unit) if known or '"' in text or word_like else (text, "")
 
 
-_DECIMAL = re.compile(
-    r"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
-)
+_POWER_OF_TEN = r"\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?"
+_DECIMAL = re.compile(rf"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*{_POWER_OF_TEN})?")
 
 
 def _scalar(text: str) -> Scalar:
