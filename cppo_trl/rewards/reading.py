@@ -191,9 +191,8 @@ def _statement(text: str) -> Any:
         return _together([_statement(one) for one in both], {","})
     if (bars := _IN_BARS.fullmatch(text)) and _name(bars[1].strip()):  # |x| < 3
         name, sign, bound = bars.groups()
-        if sign in (">", r"\geq"):
-            return _statements(f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}")
-        return _statement(f"-({bound}) {sign} {name} {sign} {bound}")
+        beyond = f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}"
+        return _statements(beyond if sign in (">", r"\geq") else f"-({bound}) {sign} {name} {sign} {bound}")
     sides, signs = _split(text, r"<|>|=|\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])")
     if not signs:
         return _item(text)
@@ -414,8 +413,6 @@ _WORD = r"[a-zA-Z']+(?:-[a-zA-Z]{2,})*\.?"  # 3ns-s^2 has no unit
 _PHRASE = rf"{_WORD}(?:[ /.]{_WORD}){{0,4}}"
 _PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))')
 _NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
-
-
 _PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{5,})")
 
 
