@@ -32,7 +32,8 @@ def extract_answer(completion: str, sources: Collection[str] = SOURCES) -> str |
     line_end = lines[-1].end() if lines else -1
     last = boxes[-1].start if boxes else -1
     if line_end > max(last, open_at):
-        answer = _answer_line(completion, line_end)
+        rest = _LINE_BODY.match(completion, line_end)  # of the line, or of the next if it is empty
+        answer = next(filter(None, rest.groups()), "").strip("*_ \t") if rest else ""
     elif last > open_at:
         answer = boxes[-1].text
         for before, after in zip(reversed(boxes[:-1]), reversed(boxes), strict=False):
@@ -82,9 +83,3 @@ def _boxes(text: str) -> tuple[list[_Box], int]:
         elif match[1]:
             boxes.append(_Box(match.start(), match[1].rstrip(".,;"), match.end()))
     return boxes, max((start for start, _ in open_groups), default=-1)
-
-
-def _answer_line(text: str, start: int) -> str:
-    """Return the rest of an ``Answer:`` line, or of the next line if it is empty."""
-    match = _LINE_BODY.match(text, start)
-    return next(filter(None, match.groups()), "").strip("*_ \t") if match else ""

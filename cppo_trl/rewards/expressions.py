@@ -3,9 +3,9 @@ r"""The value of a scalar expression in LaTeX, to any number of digits.
 Nothing here runs for long: values and factorials have bounds, and past them an expression is undefined.
 """
 
-import operator
 import re
 from collections.abc import Callable
+from operator import add, mul, sub, truediv
 from typing import Any
 
 from mpmath import mp, mpf
@@ -15,11 +15,7 @@ from cppo_trl.rewards.words import WORDS
 Number = Any  # mpf, or mpc where it is not real
 GREEK = set(WORDS["greek"].split())
 ACCENTS = set(WORDS["accents"].split())
-FUNCTIONS: dict[str, Callable[..., Number]] = {
-    **{name: getattr(mp, name) for name in "sin cos tan cot sec csc sinh cosh tanh ln exp".split()},
-    **{"arc" + name: getattr(mp, "a" + name) for name in ("sin", "cos", "tan")},
-    **dict.fromkeys(("log", "lg"), mp.log10),
-}
+FUNCTIONS: dict[str, Callable[..., Number]] = {name: getattr(mp, its) for name, its in WORDS["functions"].items()}
 INFINITY = r"\infty"
 _CONSTANTS = {r"\pi": mp.pi, "e": mp.e, "i": mp.mpc(0, 1), INFINITY: mp.inf}
 _HEADS = {"frac", "binom", "sqrt", "pi", "infty", "lfloor", "lceil", *FUNCTIONS, *GREEK, *ACCENTS}
@@ -67,10 +63,9 @@ def _floor(value: Number) -> Number:
     return nearest if abs(nearest - value) < mpf(10) ** (10 - mp.dps) else mp.floor(value)
 
 
-_SUMS = {"+": operator.add, "-": operator.sub}
-_PRODUCTS = {"*": operator.mul, r"\cdot": operator.mul, r"\times": operator.mul}
-_PRODUCTS |= {"/": operator.truediv, r"\div": operator.truediv}
-_OF_TWO = {r"\frac": operator.truediv, r"\binom": _binomial}
+_SUMS = {"+": add, "-": sub}
+_PRODUCTS = {"*": mul, r"\cdot": mul, r"\times": mul, "/": truediv, r"\div": truediv}
+_OF_TWO = {r"\frac": truediv, r"\binom": _binomial}
 _OF_GROUPS = {"|": abs, r"\lfloor": _floor, r"\lceil": lambda value: -_floor(-value)}
 
 

@@ -142,14 +142,11 @@ def _words(text: str) -> str:
     return squash(plain if re.search(r"[\\^_=<>]", plain) else re.sub(r"^(?:the|an?) ", "", plain.lower()))
 
 
-_NUMERALS = WORDS["numerals"].split()
-
-
 def _known_words(text: str) -> Any:
     """Return the value of words that have one."""
     plain = text.replace('"', "").strip(" .()").lower()
-    if plain in _NUMERALS:
-        return Scalar(str(_NUMERALS.index(plain)))
+    if plain in WORDS["numerals"]:
+        return Scalar(str(WORDS["numerals"].index(plain)))
     if re.fullmatch(r"(?:there (?:is|are) )?no (?:real )?solutions?|(?:the )?empty set|\\emptyset", plain):
         return EMPTY
     return REALS if re.fullmatch(r"ℝ|(?:the )?(?:set of )?(?:all )?reals?(?: numbers)?", plain) else None
@@ -194,9 +191,8 @@ def _statement(text: str) -> Any:
         return _together([_statement(one) for one in both], {","})
     if (bars := _IN_BARS.fullmatch(text)) and _name(bars[1].strip()):  # |x| < 3
         name, sign, bound = bars.groups()
-        if sign in (">", r"\geq"):
-            return _statements(f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}")
-        return _statement(f"-({bound}) {sign} {name} {sign} {bound}")
+        beyond = f"{name} {_MIRRORED[sign]} -({bound}) or {name} {sign} {bound}"
+        return _statements(beyond if sign in (">", r"\geq") else f"-({bound}) {sign} {name} {sign} {bound}")
     sides, signs = _split(text, r"<|>|=|\\(?:leq|geq|neq|approx|in)(?![a-zA-Z])")
     if not signs:
         return _item(text)
@@ -417,8 +413,6 @@ _WORD = r"[a-zA-Z']+(?:-[a-zA-Z]{2,})*\.?"  # 3ns-s^2 has no unit
 _PHRASE = rf"{_WORD}(?:[ /.]{_WORD}){{0,4}}"
 _PLAIN_UNIT = re.compile(rf'({_PLAIN_VALUE})(\s*)({_PHRASE}{_EXPONENT}(?:\s*"[^"]*")?|\(\s*["a-zA-Z][^()\\=+*^]*\))')
 _NO_UNIT = re.compile(r"(?:and|or|is|if|not|but|more|less|then)\b")
-
-
 _PROSE = re.compile(r"(?<![\\a-zA-Z])(?:[a-zA-Z]{2,}\s+[a-zA-Z]{2,}|[a-zA-Z]{5,})")
 
 
@@ -445,9 +439,8 @@ def _strip_unit(text: str) -> tuple[str, str]:
     return (value, unit) if known or '"' in text or word_like else (text, "")
 
 
-_DECIMAL = re.compile(
-    r"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?)?"
-)
+_POWER_OF_TEN = r"\\(?:times|cdot)\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?"
+_DECIMAL = re.compile(rf"[-+]?\s*(\d*)\.?(\d*)\s*(?:\\ldots)?(?:\s*{_POWER_OF_TEN})?")
 
 
 def _scalar(text: str) -> Scalar:

@@ -15,10 +15,8 @@ _SPELLINGS = {alias: spelling for spelling, aliases in WORDS["spellings"].items(
 _SIGNS = str.maketrans({alias: spelling for alias, spelling in _SPELLINGS.items() if not re.match("[a-zA-Z]", alias)})
 _UNIT_LETTERS = set("mgshLlNJWVAK")  # a unit only in a style or behind a space: 5 m
 _CURRENCY = r"\\?(\$|€|£|₹|¥|\b(?:USD|EUR|GBP|Rs)\b)\.?"
-_STYLE = re.compile(
-    r"\\(?:text(?:bf|rm|it|normal|sf|tt)?|math(?:rm|bf|it|sf|cal|frak)|mbox|boldsymbol|bm|operatorname\*?|underline|emph|"
-    r"(?:text)?color\{\w+\})\s*\{([^{}]*)\}"
-)
+_STYLES = "|".join(WORDS["styles"].split())
+_STYLE = re.compile(rf"\\(?:(?:{_STYLES})\*?|(?:text)?color\{{\w+\}})\s*\{{([^{{}}]*)\}}")
 _DELIMITED = re.compile(r"(?<!\\)\$\$?([^$]+)(?<!\\)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _LEAD_IN = re.compile(rf"(?i)[^\d:]*(?:\b(?:{'|'.join(WORDS['lead-ins'])})|[:=])\s*|\W*")
 _DOUBT = re.compile(rf"(?i)n't\b|\b(?:{'|'.join(WORDS['doubts'])})\b")
@@ -44,9 +42,9 @@ def _repeating(match: re.Match[str]) -> str:
 _SPACE = r"(?<!\\)\\[,;:! ]|~"
 _THOUSANDS = re.compile(r"(?<![\d,.])[1-9]\d{0,2}(?:,\d{3})+(?!\d|,\d)")
 _THOUSANDS_OUTSIDE = re.compile(rf"\([^()]*\)|\[[^\[\]]*\]|\\\{{.*?\\\}}|{_THOUSANDS.pattern}")
-_SPACED_THOUSANDS = (
-    r"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{0,2}(?:(?:(?:\\[,;:! ]|\{,\}|,\\!|~|\s)\s*)\d{3})+(?!\d| ?/)"
-)
+_GAP = r"(?:\\[,;:! ]|\{,\}|,\\!|~|\s)"
+_SPACED_THOUSANDS = rf"(?<![\d.,^_])(?<!\\frac)(?<!\\frac )[1-9]\d{{0,2}}(?:(?:{_GAP}\s*)\d{{3}})+(?!\d| ?/)"
+_WORDS_OR_COMMAND = rf'"[^"]*"|(?<![\\a-zA-Z])({"|".join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])'
 _PRICE = rf"{_CURRENCY}\s*([-+]?{NUMBER}(?:/\d+)?)(\s+(?:{'|'.join(WORDS['scales'])})\b)?"
 _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\(?:left|right)\s*\.", ""),
@@ -75,10 +73,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<![_^]\d)(?<!\\frac \d)(?<!\\frac\d)(?<=\d)\s+(?=\d)", ", "),
     (r"(?<![a-zA-Z])C\((\d+),\s*(\d+)\)", r"\\binom{\1}{\2}"),
     (r"^\\approx\s*", ""),
-    (
-        rf'"[^"]*"|(?<![\\a-zA-Z])({"|".join(FUNCTIONS)}|sqrt|pi|infinity|infty)(?![a-zA-Z])',
-        lambda m: f"\\{m[1].replace('infinity', 'infty')} " if m[1] else m[0],
-    ),
+    (_WORDS_OR_COMMAND, lambda m: f"\\{m[1].replace('infinity', 'infty')} " if m[1] else m[0]),
     (r"^(\d\w*)_ ?\{ ?(\d+) ?\}$", r"\1_\2"),
 ]
 
