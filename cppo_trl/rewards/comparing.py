@@ -8,7 +8,7 @@ from mpmath import mp, mpf
 from cppo_trl.rewards.expressions import UndefinedError, UnreadableError
 from cppo_trl.rewards.reading import Many, Named, Relation, Scalar, close, read, region_of, same_number
 from cppo_trl.rewards.regions import Region
-from cppo_trl.rewards.text import normalise, squash
+from cppo_trl.rewards.text import normalize, squash
 from cppo_trl.rewards.units import units_agree
 
 SHOWN_CHARS = 200
@@ -30,7 +30,7 @@ def compare(gold_text: str, answer_text: str) -> tuple[str, str | None, str | No
     except UnreadableError:
         return "unparseable_gold", None, None
     except UndefinedError:
-        same = (shown := squash(normalise(gold_text))) == squash(normalise(answer_text))
+        same = (shown := squash(normalize(gold_text))) == squash(normalize(answer_text))
         return ("equal", shown[:SHOWN_CHARS], shown[:SHOWN_CHARS]) if same else ("unparseable_gold", None, None)
     try:
         answer, answer_shown = read(answer_text)

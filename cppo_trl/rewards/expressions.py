@@ -222,7 +222,7 @@ def evaluate(text: str, value_of: Callable[[str], Number], digits: int) -> Numbe
     """Return the value of an expression.
 
     Args:
-        text: LaTeX as from ``normalise``.
+        text: LaTeX as from ``normalize``.
         value_of: Gives a name its value.
         digits: Decimal digits to compute with.
 

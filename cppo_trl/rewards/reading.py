@@ -17,7 +17,7 @@ from mpmath import mp, mpf
 
 from cppo_trl.rewards.expressions import GREEK, Number, UndefinedError, UnreadableError, evaluate
 from cppo_trl.rewards.regions import EMPTY, REALS, Region, combined, solutions
-from cppo_trl.rewards.text import NUMBER, normalise, squash
+from cppo_trl.rewards.text import NUMBER, normalize, squash
 from cppo_trl.rewards.units import Unit, known_unit, unit_of
 from cppo_trl.rewards.words import WORDS
 
@@ -97,7 +97,7 @@ def read(text: str) -> tuple[Any, str]:
         UnreadableError: If it is not even words: without letters and digits, or with brackets that do not match.
         UndefinedError: If it has no value, as ``1/0`` and ``2 + 2 = 5``.
     """
-    text = normalise(text)
+    text = normalize(text)
     _outside(text)  # the brackets match
     if not re.search(r"\w", text):
         raise UnreadableError

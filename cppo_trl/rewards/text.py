@@ -78,7 +78,7 @@ _REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 ]
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Return a text in one spelling: separators of thousands, styles, currencies and synonyms of commands resolved."""
     text = _out_of_prose(" ".join(text.translate(_SIGNS).split()).strip("*_ "))
     while (styled := _STYLE.sub(_styled, text)) != text:
