@@ -178,7 +178,7 @@ def _flat(values: list[Any]) -> list[Any]:
 
 
 _TASKS = re.compile(r"\\(?:int|iint|oint|sum|prod|lim|equiv|begin\{cases\}|begin\{vmatrix\})")
-_MIRRORED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq"}
+_MIRRORED = {"<": ">", ">": "<", r"\leq": r"\geq", r"\geq": r"\leq", r"\neq": r"\neq"}
 _IN_BARS = re.compile(r"\|\s*([^|]+)\|\s*(<|>|\\leq|\\geq)(.+)")
 
 
@@ -240,20 +240,20 @@ def _inequality(sides: list[str], signs: list[str]) -> Any:
     bounds = [None if _name(side) else real(_item(side)) for side in sides]
     if None not in bounds:
         raise UndefinedError  # 0 < 1
-    solved = bounds.count(None) == 1 and (len(sides) == 2 or (len(sides) == 3 and bounds[1] is None))
+    chain = len(sides) == 3 and bounds[1] is None and set(signs) <= set(_MIRRORED)
+    solved = bounds.count(None) == 1 and (len(sides) == 2 or chain)
     if solved and (name := _name(sides[bounds.index(None)])):
         parts = [
-            solutions(sign, right) if left is None else solutions(_MIRRORED.get(sign, sign), left)
+            solutions(sign, right) if left is None else solutions(_MIRRORED[sign], left)
             for left, sign, right in zip(bounds[:-1], signs, bounds[1:], strict=True)
         ]
         return Named(name, _not_empty(combined(parts, all)))
     values = [_item(side) for side in sides]
     if len(values) > 2 or not all(isinstance(value, Scalar) for value in values):
         raise UnreadableError
-    left, right = values
     if signs[0] in (">", r"\geq"):
-        return Relation(_MIRRORED[signs[0]], Scalar(f"({right.text})-({left.text})"))
-    return Relation(signs[0], Scalar(f"({left.text})-({right.text})"))
+        signs, values = [_MIRRORED[signs[0]]], values[::-1]
+    return Relation(signs[0], Scalar(f"({values[0].text})-({values[1].text})"))
 
 
 def _not_empty(region: Region) -> Region:
