@@ -16,6 +16,7 @@ def meanings(kind: type) -> dict[str, str]:
 
 def documented(kind: Kind) -> Kind:
     """Class decorator above ``@dataclass``: what the docstring says of a field is the help of its flag."""
-    for name in meanings(kind).keys() & kind.__annotations__.keys():
-        kind.__dataclass_fields__[name].metadata = {"help": meanings(kind)[name].replace("%", "%%")}  # type: ignore[attr-defined]
+    for name, text in meanings(kind).items():
+        if name in kind.__annotations__:
+            kind.__dataclass_fields__[name].metadata = {"help": text.replace("%", "%%")}  # type: ignore[attr-defined]
     return kind

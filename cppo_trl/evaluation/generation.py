@@ -139,12 +139,9 @@ class TransformersGenerator:
 
     def _batch(self, rows: Sequence[list[int]], sampling: Sampling) -> list[Completion]:
         ids = [torch.tensor(row, device=self.model.device) for row in rows]
-        options: dict[str, Any] = {
-            "max_new_tokens": sampling.max_new_tokens,
-            "num_beams": 1,
-            "repetition_penalty": 1.0,
-        }
-        options |= {"pad_token_id": self.pad, "eos_token_id": self.ends, "do_sample": sampling.temperature > 0}
+        options: dict[str, Any] = {"pad_token_id": self.pad, "eos_token_id": self.ends}
+        options |= {"max_new_tokens": sampling.max_new_tokens, "do_sample": sampling.temperature > 0}
+        options |= {"num_beams": 1, "repetition_penalty": 1.0}
         if sampling.temperature > 0:
             options |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0, "min_p": 0.0}
         output: Any = self.model.generate(

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from cppo_trl.output.run_files import dataset_names, exclusive, write_run
+from cppo_trl.output.run_files import exclusive, loaded_from, write_run
 
 
 class WriteRun(TrainerCallback):
@@ -22,7 +22,7 @@ class WriteRun(TrainerCallback):
         """Write ``run.json`` and lock the directory."""
         if state.is_world_process_zero:
             self.held.enter_context(exclusive(Path(args.output_dir)))
-            dataset = ", ".join(dataset_names(kwargs["train_dataloader"].dataset)) or "not named"
+            dataset = ", ".join(loaded_from(kwargs["train_dataloader"].dataset)) or "not named"
             write_run(Path(args.output_dir), model.config._name_or_path, dataset, args.schedule(), args.to_dict())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers import Trainer
 
-from cppo_trl.output.run_files import command_line, dataset_names, versions
+from cppo_trl.output.run_files import command_line, loaded_from, versions
 
 CURVES = "curves.png"
 
@@ -30,7 +30,7 @@ def complete_card(trainer: Trainer) -> None:
     run |= {"processes": str(trainer.accelerator.num_processes), "command": f"`{command_line(sys.argv)}`"}
     run["versions"] = ", ".join(f"{name} {text}" for name, text in versions().items())
     sections = {"Trust region": _table(trainer.args.schedule()), "Run": _table(run)}
-    if names := dataset_names(trainer.train_dataset):
+    if names := loaded_from(trainer.train_dataset):
         sections["Training data"] = ", ".join(
             link(name, "datasets/") if "/" in name else f"`{name}`" for name in names
         )

@@ -83,7 +83,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def dataset_names(dataset: Any) -> list[str]:
+def loaded_from(dataset: Any) -> list[str]:
     """Names on the Hub or local paths that a dataset was loaded from, as far as it knows them."""
     name = getattr(getattr(dataset, "info", None), "dataset_name", None)
     return name.split(", ") if name else []
